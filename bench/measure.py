@@ -1,0 +1,98 @@
+"""Two measurements: time, interleaved, and peak memory, in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+# Between two timed calls the threads of the first one's pool may still be spinning. torch and a
+# compiled kernel can have pools of their own: without a pause one provider is billed for another.
+PAUSE_SECONDS = 0.01
+FEWEST_ROUNDS = 5
+
+
+def interleaved(
+    runners: dict[str, Callable[[int], float]],
+    *,
+    rounds: int,
+    seconds: float,
+    warm_up: int = 2,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[float]]:
+    """Seconds of each runner, one call of each a round, in an order that changes with the round.
+
+    A runner gets the number of the call, by which it rotates its buffers, and returns the seconds
+    that it took. Rounds stop early, but not before `FEWEST_ROUNDS`, once `seconds` have passed.
+    """
+    order, shuffle = list(runners), random.Random(0).shuffle
+    calls = 0
+    for name in order * warm_up:
+        runners[name](calls)
+        calls += 1
+    times: dict[str, list[float]] = {name: [] for name in order}
+    gc.collect()
+    gc.disable()
+    try:
+        begin = time.perf_counter()
+        for done in range(1, rounds + 1):
+            shuffle(order)
+            for name in order:
+                time.sleep(PAUSE_SECONDS)
+                times[name].append(runners[name](calls))
+                calls += 1
+            on_round(done)
+            if done >= FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
+                break
+    finally:
+        gc.enable()
+    return times
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status, such as VmRSS."""
+    with open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith(field + ":"):
+                return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _memory_child(connection: Connection, make: Callable, arguments: tuple) -> None:
+    call, gradient_bytes = make(*arguments)
+    # Give back what the warm-up has left in malloc's pools: else the call would reuse it unseen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as switch:
+        switch.write("5")  # puts the high-water mark back to what is resident now
+    result = call()
+    connection.send(_resident("VmHWM") - before - gradient_bytes)
+    del result
+
+
+def peak_memory(make: Callable, *arguments: object) -> int:
+    """Bytes that one call needs beyond its inputs and its gradient, at most, in a fresh process.
+
+    `make(*arguments)` runs there; it allocates the inputs, warms up and returns the call and the
+    bytes of a fresh gradient (0 when it is written in place). What is measured is the rise of the
+    resident set's high-water mark, so a page counts once it is touched, and not before.
+
+    Raises RuntimeError when the process dies, most often for want of memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_memory_child, args=(sender, make, arguments))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the memory probe ended with exit code {child.exitcode}") from None
+    finally:
+        child.join()

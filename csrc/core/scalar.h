@@ -1,0 +1,98 @@
+// Scalar functions that vectorise: written without branches and without libm, so that a plain loop
+// over them becomes SIMD code on every instruction set. They are forced inline: a file that is
+// compiled once per instruction set must not emit a shared copy that the linker could pick.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SH_INLINE __host__ __device__ __forceinline__
+#else
+#define SH_INLINE __attribute__((always_inline)) inline
+#endif
+
+namespace stillhouse {
+
+SH_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+SH_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+
+// 2^y for y <= 127, relative error 1.5e-7; 0 below -125 (also for -inf), NaN for NaN. y = n + f with
+// |f| <= 1/2: adding 1.5 * 2^23 rounds, and leaves n in the low bits. The additions run beside the
+// multiplications on most cores, which is why f is not made by an fma.
+SH_INLINE float fast_exp2(float y) {
+  constexpr float kRound = 12582912.f;
+  const float shifted = y + kRound;
+  const float f = y - (shifted - kRound);
+  float p = 0.00132647299f;
+  p = p * f + 0.00967151116f;
+  p = p * f + 0.05550733715f;
+  p = p * f + 0.24022242118f;
+  p = p * f + 0.69314697765f;
+  p = p * f + 1.f;
+  const float power = as_float(as_bits(p) + (as_bits(shifted) << 23));
+  return y < -125.f ? 0.f : power;
+}
+SH_INLINE double fast_exp2(double y) { return std::exp2(y); }
+
+constexpr double kLog2e = 1.44269504088896340736;
+
+SH_INLINE float fast_exp(float x) { return fast_exp2(x * float(kLog2e)); }
+SH_INLINE double fast_exp(double x) { return std::exp(x); }
+
+// log x for positive normal x, absolute error 6e-8 near 1 and relative error 1e-7 elsewhere.
+// x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]; log(1 + f) = f - f^2/2 + f^3 P(f).
+SH_INLINE float fast_log(float x) {
+  const uint32_t offset = as_bits(x) - 0x3f3504f3u;
+  const int32_t n = static_cast<int32_t>(offset) >> 23;
+  const float f = as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  float p = -0.07865442973f;
+  p = p * f + 0.12879188073f;
+  p = p * f - 0.13125292705f;
+  p = p * f + 0.14181421972f;
+  p = p * f - 0.16624970293f;
+  p = p * f + 0.20002282445f;
+  p = p * f - 0.25000796551f;
+  p = p * f + 0.33333316786f;
+  return float(n) * 0.693147181f + (f - f * f * (0.5f - f * p));
+}
+SH_INLINE double fast_log(double x) { return std::log(x); }
+
+// 16-bit floats held as integers. Narrowing rounds to nearest even and keeps NaN.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+SH_INLINE float widen(float x) { return x; }
+SH_INLINE double widen(double x) { return x; }
+SH_INLINE float widen(Bf16 h) { return as_float(uint32_t(h.bits) << 16); }
+SH_INLINE float widen(Fp16 h) {
+  const uint32_t magnitude = (h.bits & 0x7fffu) << 13;
+  const float finite = as_float(magnitude) * 0x1p112f;  // rebias; exact for denormals too
+  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : as_bits(finite);
+  return as_float(bits | uint32_t(h.bits & 0x8000u) << 16);
+}
+
+SH_INLINE void narrow(float x, float& out) { out = x; }
+SH_INLINE void narrow(double x, double& out) { out = x; }
+SH_INLINE void narrow(double x, float& out) { out = float(x); }
+SH_INLINE void narrow(float x, double& out) { out = x; }
+SH_INLINE void narrow(float x, Bf16& out) {
+  const uint32_t b = as_bits(x);
+  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  out.bits = uint16_t(x == x ? rounded : 0x7fc0u);
+}
+SH_INLINE void narrow(float x, Fp16& out) {
+  const uint32_t b = as_bits(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;  // 2^-24 units
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  out.bits = uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite));
+}
+SH_INLINE void narrow(double x, Bf16& out) { narrow(float(x), out); }
+SH_INLINE void narrow(double x, Fp16& out) { narrow(float(x), out); }
+
+}  // namespace stillhouse

@@ -1,0 +1,51 @@
+// Cross-entropy to labels: mixed into a divergence's row, or a row's whole loss.
+// Included by cpu.cpp inside the namespace of its instruction set.
+#pragma once
+
+// -(1 - s) log q1_y - s mean_j log q1_j over the columns that are not -inf, q1 = softmax of the
+// student's logits at the label's own temperature.
+template <class Real>
+struct LabelTerm {
+  bool on = false;
+  Real gain = 1, lse = 0, weight = 0, uniform = 0, hot = 0, value = 0;
+  int64_t label = 0;
+
+  LabelTerm() = default;
+  LabelTerm(const Problem<Real>& problem, int64_t label, const Source<Real>& student,
+            Real student_lse, Workspace<Real>& w)
+      : on(true), label(label) {
+    const double ratio = problem.student.temperature / problem.label_temperature;
+    Source<Real> source = student;
+    source.gain = gain = Real(student.gain * ratio);
+    lse = ratio == 1 ? student_lse : exponentials<Real>(source, w.student, nullptr, nullptr, w.student_e);
+    double finite_sum = 0;
+    int64_t finite = 0;
+    const Real smoothing = Real(problem.label_smoothing);
+    if (smoothing > 0) {
+      for (int64_t start = 0; start < source.vocab; start += kBlock) {
+        const Real* x = source.load(start, w.student);
+        for (int64_t j = 0; j < source.columns(start); ++j)
+          if (x[j] > -INFINITY) {
+            finite_sum += x[j];
+            ++finite;
+          }
+      }
+      uniform = smoothing / Real(finite);
+    }
+    hot = 1 - smoothing;
+    const int64_t start = label / kBlock * kBlock;
+    const Real x_label = source.load(start, w.student)[label - start];
+    value = hot * (lse - gain * x_label);
+    if (smoothing > 0) value += smoothing * lse - uniform * gain * Real(finite_sum);
+  }
+
+  void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
+    n &= ~(kLanes - 1);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const Real q1 = fast_exp(gain * x[j] - lse);
+      gradient[j] += weight * (q1 - (x[j] > -INFINITY ? uniform : Real(0)));
+    }
+    if (label >= start && label < start + n) gradient[label - start] -= weight * hot;
+  }
+};

@@ -1,0 +1,75 @@
+"""The `stillhouse` command: thin, each subcommand loads what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from stillhouse.errors import exit_code
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Distillation for PyTorch, from the kernel up.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+# Flags are those of two dataclasses, so everything is handed on; --help included.
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    help="Distil a language model: --teacher, --student, --data, --method, all training arguments.",
+)
+def distill(context: typer.Context) -> None:
+    from stillhouse.recipes import distill as job
+
+    raise typer.Exit(job.main(context.args))
+
+
+@app.command(help="List the methods, or show one: equation, defaults, example.")
+def methods(id: str | None = typer.Argument(None, help="a method, such as taid")) -> None:
+    from stillhouse.recipes import runner
+
+    raise typer.Exit(exit_code(lambda: runner.show(id)))
+
+
+@app.command(help="Measure what a method claims, on real data; leaves report.json and plots.")
+def run(
+    id: str | None = typer.Argument(None, help="a method, such as taid"),
+    seeds: int = typer.Option(3, help="seeds 0 to this number minus 1"),
+    everything: bool = typer.Option(False, "--all", help="every method; rewrites docs/claims.md"),
+    debug: bool = typer.Option(False, help="show the traceback of an error"),
+) -> None:
+    from stillhouse.errors import UsageError
+    from stillhouse.recipes import runner
+
+    def action() -> None:
+        if everything == (id is not None):
+            raise UsageError("name one method, or pass --all: stillhouse methods lists them")
+        if everything:
+            runner.claims(seeds)
+        else:
+            runner.run(id, seeds)
+
+    raise typer.Exit(exit_code(action, traceback_wanted=debug))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        status = app(standalone_mode=False, args=sys.argv[1:])
+    except typer.Exit as error:
+        status = error.exit_code
+    except Exception as error:
+        # click's own complaints (an unknown subcommand, a missing argument) in one line, too.
+        message = getattr(error, "format_message", lambda: str(error))()
+        if message:
+            print(f"stillhouse: error: {message}", file=sys.stderr)
+        status = getattr(error, "exit_code", 1)
+    sys.exit(status or 0)

@@ -1,0 +1,1 @@
+"""Published distillation methods, one file each; `stillhouse.methods.catalog` lists them."""

@@ -1,0 +1,1 @@
+"""Modules, and the stateless functions that several domains share."""

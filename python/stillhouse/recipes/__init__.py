@@ -1,0 +1,1 @@
+"""Runnable experiments on real data: each measures what its method claims."""

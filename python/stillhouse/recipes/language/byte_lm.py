@@ -1,0 +1,94 @@
+"""A language model small enough to train in seconds: a byte-level MLP on this interpreter's own
+standard library, the test bed of the language recipes."""
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+VOCABULARY = 48
+CONTEXT = 8
+BATCH = 512
+HELD_OUT = 4000
+
+
+class ByteText:
+    """The standard library's source, lower case, as symbols: the 47 commonest bytes and "other".
+
+    Contexts are drawn from the first 90 %, the held-out set (4,000 contexts) from the rest.
+    """
+
+    def __init__(self, size: int = 1_500_000):
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        text = b"".join(path.read_bytes() for path in files)[:size].lower()
+        if len(text) < size:
+            raise FileNotFoundError(
+                f"expected {size} bytes of standard-library source, found {len(text)}: "
+                "this interpreter was installed without its .py files"
+            )
+        raw = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        common = raw.bincount(minlength=256).argsort(descending=True, stable=True)
+        symbol_of = torch.full((256,), VOCABULARY - 1)
+        symbol_of[common[: VOCABULARY - 1]] = torch.arange(VOCABULARY - 1)
+        self.symbols = symbol_of[raw]
+        self.split = int(0.9 * size)
+        generator = torch.Generator().manual_seed(0)
+        self.held_out = self._contexts(HELD_OUT, self.split + CONTEXT, size, generator)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(contexts [512, 8], next symbol [512])"""
+        return self._contexts(BATCH, CONTEXT, self.split, generator)
+
+    def _contexts(self, count: int, low: int, high: int, generator) -> tuple[Tensor, Tensor]:
+        end = torch.randint(low, high, (count,), generator=generator)
+        return self.symbols[end[:, None] + torch.arange(-CONTEXT, 0)], self.symbols[end]
+
+
+class ByteLM(nn.Module):
+    """Logits [N, 48] of the next symbol from the last `context` of the given ones [N, 8]."""
+
+    def __init__(self, context: int, width: int, hidden: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator) * scale)
+
+        fan_in = context * width
+        self.context = context
+        self.embedding = normal(VOCABULARY, width, scale=0.5)
+        self.hidden = normal(fan_in, hidden, scale=fan_in**-0.5)
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+        self.head = normal(hidden, VOCABULARY, scale=0.5 * hidden**-0.5)
+        self.head_bias = nn.Parameter(torch.zeros(VOCABULARY))
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        embedded = embedding(contexts[:, -self.context :], self.embedding).flatten(1)
+        activation = torch.tanh(torch.addmm(self.hidden_bias, embedded, self.hidden))
+        return torch.addmm(self.head_bias, activation, self.head)
+
+
+def train(
+    model: ByteLM,
+    text: ByteText,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    decay: bool = True,
+    seed: int,
+) -> None:
+    """Adam on `loss(logits, contexts, targets)`; the rate falls linearly to 1e-4 with `decay`."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    for step in range(steps):
+        if decay:
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) + 1e-4
+        contexts, targets = text.batch(generator)
+        value = loss(model(contexts), contexts, targets)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()

@@ -1,0 +1,37 @@
+"""Rows, reductions, objectives and the trainer of language-model distillation."""
+
+from typing import Any
+
+from stillhouse.train.objective import (
+    DivergenceObjective,
+    LogitRows,
+    Objective,
+    row_divergence,
+    row_loss,
+    row_means,
+)
+from stillhouse.train.reduce import reduce
+from stillhouse.train.rows import RowIndex, paired, supervised_rows
+
+__all__ = [
+    "DistillTrainer",
+    "DivergenceObjective",
+    "LogitRows",
+    "Objective",
+    "RowIndex",
+    "paired",
+    "reduce",
+    "row_divergence",
+    "row_loss",
+    "row_means",
+    "supervised_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The trainer needs transformers, which the rest of this package does without.
+    if name == "DistillTrainer":
+        from stillhouse.train.trainer import DistillTrainer
+
+        return DistillTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,207 @@
+"""The flags of `stillhouse distill`: ours, and every `transformers.TrainingArguments` field."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from stillhouse.errors import UsageError
+
+# transformers' own defaults where this job wants others.
+DEFAULTS = {
+    "output_dir": "runs/distill",
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "include_num_input_tokens_seen": "no",
+}
+# What --help shows of the more than hundred training arguments.
+OFTEN = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "seed",
+)
+
+
+def _flag(text: str, default: Any = None, **options: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **options})
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass
+class DistillArguments:
+    """What is distilled from what, on which text, by which method."""
+
+    teacher: str | None = _flag("hub id, folder, .gguf file, or smollm2 (the installed package)")
+    student: str | None = _flag(
+        "layers:0,1,2 copies these blocks of the teacher; else a hub id, folder or .gguf file"
+    )
+    data: str | None = _flag(
+        "file or folder: text, JSON lines or Parquet with text, messages or prompt and response; "
+        "or stdlib-docs (Python's own documentation)"
+    )
+    method: str = _flag(
+        "taid, forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, or cross_entropy "
+        "(no teacher needed)",
+        "taid",
+    )
+    method_options: list[str] = _flag("name=value pairs: t_start=0.2 alpha=auto, or beta=0.3", [])
+    temperature: float = _flag("divides the logits of both sides", 1.0)
+    label_weight: float = _flag("share of the cross-entropy to the labels in the loss", 0.0)
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "precision of the teacher; auto keeps its checkpoint's", "auto"
+    )
+    student_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "precision of the student's weights", "float32"
+    )
+    lora_rank: int = _flag("train adapters of this rank instead of the student itself", 0)
+    max_length: int = _flag("tokens a training sequence has at most", 512)
+    eval_data: str | None = _flag("text to evaluate on, instead of held-out documents")
+    eval_share: float = _flag("share of the documents held out for evaluation", 0.05)
+    vocab_size: int | None = _flag("columns that count where the heads are padded differently")
+    control: bool = _flag(
+        "also train with cross-entropy: on the same tokens, and for the same time", False
+    )
+    resume: bool = _flag("continue from the newest complete checkpoint of output_dir", False)
+    overwrite: bool = _flag("delete the checkpoints that output_dir already holds", False)
+
+
+def parse(argv: Sequence[str]) -> tuple[DistillArguments, Any]:
+    """(DistillArguments, TrainingArguments) of a command line.
+
+    `--config FILE` (YAML or JSON, names as in the flags) is read first, so flags win over it.
+    Raises UsageError, in one line, for anything that does not fit.
+    """
+    parser = _parser()
+    config, rest = _split_config(list(argv))
+    words = [*_config_words(config, parser), *rest] if config else rest
+    try:
+        ours, training, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError:
+        raise
+    except ValueError as error:  # TrainingArguments checks its own combinations
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]}: stillhouse distill --help lists them")
+    for name in ("student", "data"):
+        if getattr(ours, name) is None:
+            raise UsageError(f"--{name} is missing: stillhouse distill --help has an example")
+    if ours.resume and ours.overwrite:
+        raise UsageError("--resume continues what --overwrite would delete: choose one")
+    return ours, training
+
+
+def help_text(everything: bool = False) -> str:
+    """What `--help` prints; `everything` gives each training argument with its own text."""
+    if everything:
+        return _parser().format_help()
+    lines = [
+        "usage: stillhouse distill --teacher MODEL --student MODEL --data DATA [options]",
+        "",
+        "Distil a language model. The student, a report and plots are left in output_dir.",
+        "",
+        "  stillhouse distill --teacher smollm2 --student layers:0,1,2,10,20,29 \\",
+        "      --data stdlib-docs --method taid --max_steps 110 --learning_rate 1e-3",
+        "",
+        "  --config FILE  options from a YAML or JSON file; flags win over it",
+    ]
+    for each in fields(DistillArguments):
+        lines += _entry(each.name, each.default, each.metadata["help"])
+    lines += [
+        "  --debug  show the traceback of an error",
+        "",
+        "Training, often used (any other transformers.TrainingArguments is a flag too):",
+    ]
+    parser = _parser()
+    lines += [f"  --{name}  ({parser.get_default(name)})" for name in OFTEN]
+    lines += ["", "  --help-all  every training argument with its meaning"]
+    return "\n".join(lines)
+
+
+def _entry(name: str, default: Any, text: str) -> list[str]:
+    shown = "" if default in (None, False, MISSING) else f" (default {default})"
+    return textwrap.wrap(
+        f"--{name}  {text}{shown}", 96, initial_indent="  ", subsequent_indent=" " * 10
+    )
+
+
+def _parser() -> Any:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # argparse would print several hundred lines of usage first.
+            raise UsageError(f"{message} (stillhouse distill --help)")
+
+    parser = Parser(
+        [DistillArguments, TrainingArguments],
+        prog="stillhouse distill",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def _split_config(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` or `--config=FILE` out of the words."""
+    path, rest = None, []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        value = value if equals else next(remaining, None)
+        if not value:
+            raise UsageError("--config needs a file")
+        path = Path(value)
+    return path, rest
+
+
+def _config_words(path: Path, parser: Any) -> list[str]:
+    """The file as words of a command line, so that it is checked exactly as flags are."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is neither YAML nor JSON: {reason}") from error
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path} must map names to values, it holds {type(values).__name__}")
+    known = {action.dest for action in parser._actions}
+    words = []
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(f"{path}: unknown option {name!r} (stillhouse distill --help)")
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += map(str, value)
+        elif isinstance(value, Mapping):
+            words.append(json.dumps(value))
+        else:
+            words.append(str(value))
+    return words

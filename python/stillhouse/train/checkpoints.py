@@ -1,0 +1,73 @@
+"""Checkpoints that are whole or do not count.
+
+`transformers.Trainer` writes a checkpoint file by file in its final place, so a process that is
+killed meanwhile leaves one that looks usable. Here a file `complete`, written last, lists the
+others with their sizes; a folder without it, or with a file missing or short, is torn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+MARKER = "complete"
+
+
+def mark_complete(folder: str | Path) -> None:
+    """Write the marker of a checkpoint folder whose files are all there."""
+    folder = Path(folder)
+    sizes = {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    temporary = folder / f".{MARKER}.partial"
+    temporary.write_text(json.dumps(sizes, indent=1))
+    os.replace(temporary, folder / MARKER)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether the marker is there and every file it lists has the size it had then."""
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / MARKER).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoint folders in `directory`, whole or torn, oldest step first."""
+    found = {
+        int(match[1]): path
+        for path in Path(directory).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def newest_complete(directory: str | Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    return next((path for path in reversed(checkpoints(directory)) if is_complete(path)), None)
+
+
+def remove_torn(directory: str | Path) -> list[Path]:
+    """Delete the torn checkpoints in `directory`; returns what is gone."""
+    torn = [path for path in checkpoints(directory) if not is_complete(path)]
+    for path in torn:
+        shutil.rmtree(path)
+    return torn
+
+
+def prune(directory: str | Path, keep: int, protected: str | Path | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints; `protected` stays in any case."""
+    complete = [path for path in checkpoints(directory) if is_complete(path)]
+    for path in complete[: max(len(complete) - keep, 0)]:
+        if protected is not None and path.resolve() == Path(protected).resolve():
+            continue
+        # The marker goes first: killed in the middle, what is left counts as torn.
+        (path / MARKER).unlink()
+        shutil.rmtree(path)

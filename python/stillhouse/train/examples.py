@@ -1,0 +1,203 @@
+"""From text to batches: tokens, what in them is supervised, packing, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stillhouse.train.rows import IGNORED
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: `input_ids` int32 [n], `loss_mask` bool [n] (True = a target, except for the
+    first token, which nothing predicts), `record` the number of the record it begins in."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    record: int = -1
+
+
+class ExampleSet(Dataset):
+    """A list of examples as a map-style dataset, with how many of them carry a target."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    @property
+    def targets(self) -> int:
+        """Number of supervised tokens."""
+        return sum(int(example.loss_mask[1:].sum()) for example in self.examples)
+
+
+def encode(
+    records: Sequence[Mapping[str, Any]],
+    numbers: Iterable[int],
+    tokenizer: Any,
+    max_length: int,
+) -> ExampleSet:
+    """Examples of `records[number]` for each of `numbers`, at most `max_length` tokens each.
+
+    `text` is packed: documents one after the other, each followed by the end-of-text token, cut
+    into windows. `messages` and `prompt` / `response` give one example a record, through the chat
+    template, with everything but the assistant's turns masked; records without a target are left
+    out. Raises ValueError where nothing supervised remains.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
+    numbers = list(numbers)
+    if numbers and "text" in records[numbers[0]]:
+        separator = tokenizer.eos_token_id
+        documents = (
+            (number, tokenizer(str(records[number]["text"]), **PLAIN)["input_ids"])
+            for number in numbers
+        )
+        examples = pack(documents, max_length, separator=separator)
+    else:
+        examples = [
+            _conversation(records[number], tokenizer, max_length, number) for number in numbers
+        ]
+        examples = [example for example in examples if example.loss_mask[1:].any()]
+    result = ExampleSet(examples)
+    if not result.targets:
+        raise ValueError(
+            f"the data is empty: {len(numbers)} records gave no supervised token within "
+            f"{max_length} tokens (--max_length)"
+        )
+    return result
+
+
+# Long documents are cut here, so the tokenizer's warning about its model's length means nothing.
+PLAIN = {"add_special_tokens": False, "verbose": False}
+
+
+def pack(
+    documents: Iterable[tuple[int, Sequence[int]]], length: int, *, separator: int | None = None
+) -> list[Example]:
+    """Windows of `length` tokens over the documents (record number, token ids) end to end, the
+    last one shorter; `separator` is put after each document. Every token is a target."""
+    ids: list[int] = []
+    starts: list[tuple[int, int]] = []  # (position in the stream, record number)
+    for number, tokens in documents:
+        starts.append((len(ids), number))
+        ids.extend(tokens)
+        if separator is not None:
+            ids.append(separator)
+    stream = np.asarray(ids, dtype=np.int32)
+    positions = np.asarray([position for position, _ in starts])
+    examples = []
+    for begin in range(0, len(stream), length):
+        window = stream[begin : begin + length]
+        record = starts[int(np.searchsorted(positions, begin, side="right")) - 1][1]
+        examples.append(Example(window, np.ones(len(window), dtype=bool), record))
+    return examples
+
+
+def chat_example(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: Any,
+    *,
+    template: str | None = None,
+    max_length: int | None = None,
+    record: int = -1,
+) -> Example:
+    """A conversation through the chat template; only what the assistant says is a target.
+
+    The end-of-turn tokens after an assistant's turn are targets too. With `max_length`, exchanges
+    at the end that do not fit are dropped; a first exchange that does not fit is cut. Raises
+    ValueError for a tokenizer without template or offsets, and for a template that rewrites
+    earlier turns (its turns cannot be told apart).
+    """
+    if template is None and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the tokenizer has no chat template, which messages need: set one, or give text"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError("masking turns needs a fast tokenizer, one that reports offsets")
+
+    def render(turns: Sequence[Mapping[str, str]], prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            list(turns), tokenize=False, add_generation_prompt=prompt, chat_template=template
+        )
+
+    last = len(messages)
+    while True:
+        kept = messages[:last]
+        text, spans = render(kept), []
+        for turn, message in enumerate(kept):
+            if message["role"] == "assistant":
+                before, after = render(kept[:turn], prompt=True), render(kept[: turn + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise ValueError(
+                        f"the chat template rewrites turn {turn} when later turns follow: "
+                        "give such conversations as prompt and response"
+                    )
+                spans.append((len(before), len(after)))
+        encoded = tokenizer(text, return_offsets_mapping=True, **PLAIN)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        earlier = [turn for turn in range(last - 1) if messages[turn]["role"] == "assistant"]
+        if max_length is None or len(ids) <= max_length or not earlier:
+            break
+        last = earlier[-1] + 1  # without the last exchange
+    mask = [any(begin <= start < end for begin, end in spans) for start, _ in offsets]
+    return Example(
+        np.asarray(ids[:max_length], dtype=np.int32),
+        np.asarray(mask[:max_length], dtype=bool),
+        record,
+    )
+
+
+def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tensor]:
+    """A batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] (-100 = not a target), and
+    `record` int64 [B]. Padded on the right with the token `padding`."""
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), padding, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORED)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))
+        input_ids[row, :n] = ids
+        attention_mask[row, :n] = 1
+        labels[row, :n] = ids.masked_fill(~torch.from_numpy(example.loss_mask), IGNORED)
+    # Nothing predicts the first token, so it never counts, whoever counts the labels.
+    labels[:, 0] = IGNORED
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "record": torch.tensor([example.record for example in examples]),
+    }
+
+
+def _conversation(
+    record: Mapping[str, Any], tokenizer: Any, max_length: int, number: int
+) -> Example:
+    if "messages" in record:
+        return chat_example(record["messages"], tokenizer, max_length=max_length, record=number)
+    prompt, response = record["prompt"], record["response"]
+    if getattr(tokenizer, "chat_template", None) is not None:
+        turns = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ]
+        return chat_example(turns, tokenizer, max_length=max_length, record=number)
+    # A base model has no template: the response follows the prompt and ends the text.
+    head = tokenizer(prompt, **PLAIN)["input_ids"]
+    tail = tokenizer(response, **PLAIN)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        tail = [*tail, tokenizer.eos_token_id]
+    ids = np.asarray((head + tail)[:max_length], dtype=np.int32)
+    return Example(ids, np.arange(len(ids)) >= len(head), number)

@@ -1,0 +1,327 @@
+"""`transformers.Trainer` with a teacher: every objective of this library, nothing else new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from stillhouse.train.checkpoints import mark_complete, newest_complete, prune
+from stillhouse.train.clock import Clock
+from stillhouse.train.examples import collate
+from stillhouse.train.forward import FrozenTeacher, RowForward
+from stillhouse.train.metrics import sequence_sums, summarize
+from stillhouse.train.objective import Objective
+from stillhouse.train.progress import Progress
+from stillhouse.train.rows import RowIndex, supervised_rows
+
+STATE_FILE = "distillation.pt"
+
+
+class NonFiniteLoss(ValueError):
+    """Training ran into NaN or infinity; the message names the step and the batch."""
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` (any causal LM, a peft one included) to minimise `objective`.
+
+    `objective(student, teacher, batch)` sees the logits of the supervised rows only. `teacher` is
+    a causal LM with the same vocabulary; it is put on the training device and never trained. An
+    objective that needs none may do without, or keep one for the evaluation. `vocab_size` leaves
+    padded columns out. Everything else, keyword arguments included, is `transformers.Trainer`: accumulation, mixed precision, gradient
+    checkpointing, data-parallel and sharded training, resume, trackers.
+
+    The loss is a mean over the supervised tokens of a whole optimiser step, across micro-batches
+    and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
+    `eval_forward_kl`, `eval_reverse_kl`, `eval_acceptance`, `eval_agreement`.
+
+    Raises ValueError where the objective needs a teacher and there is none, and for several GPUs
+    in one process; NonFiniteLoss while training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        objective: Objective,
+        teacher: nn.Module | None = None,
+        vocab_size: int | None = None,
+        name: str = "",
+        **options: Any,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would split the batch behind our back: start "
+                "one process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
+            )
+        if teacher is None and getattr(objective, "needs_teacher", True):
+            raise ValueError(f"{type(objective).__name__} compares with a teacher: pass teacher=")
+        # The collator's batch carries more than the model's arguments.
+        args.remove_unused_columns = False
+        options.setdefault("data_collator", collate)
+        super().__init__(model, args, compute_metrics=_summary, **options)
+        self.objective = objective
+        self.vocab_size = vocab_size
+        # Ours is a per-token mean over the whole step, of labels counted from the second on.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.student_rows = RowForward(self.model)
+        self.teacher = None
+        self.needs_teacher = getattr(objective, "needs_teacher", True)
+        if teacher is not None:
+            self.teacher = FrozenTeacher(teacher.to(args.device))
+        self.clock = Clock(args.device)
+        self.tokens = 0.0  # supervised tokens trained on, over all ranks
+        self.step_sums: dict[str, Tensor] = {}  # over the micro-batches of this optimiser step
+        self.unlogged: list[dict[str, float]] = []  # statistics of the steps since the last log
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_Bookkeeping(self))
+        if not args.disable_tqdm:
+            self.add_callback(Progress(name))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        batch, index = self._prepare(inputs)
+        count = torch.as_tensor(index.row.numel(), device=self.args.device)
+        if num_items_in_batch is not None:
+            count = torch.as_tensor(num_items_in_batch, device=self.args.device)
+            if self.args.average_tokens_across_devices:
+                # Gradients are averaged over ranks, and this mean is over all ranks' tokens.
+                count = count / self.accelerator.num_processes
+        # A step without any target has the loss 0, not 0 / 0.
+        batch["denominator"] = count.clamp(min=1)
+        with self.clock.measure("teacher"):
+            teacher = self.teacher(batch, index) if self.needs_teacher else None
+        student = self.student_rows(model, batch, index)
+        with self.clock.measure("loss"):
+            parts = self.objective(student, teacher, batch)
+        self._require_finite(parts["loss"], batch.get("record"))
+        self._collect(parts, index)
+        return (parts["loss"], parts) if return_outputs else parts["loss"]
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        with self.clock.measure("micro_steps"):
+            return super().training_step(*args, **options)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums of each sequence instead of [B, T, V] logits; `_summary` makes them metrics."""
+        with torch.no_grad():
+            batch, index = self._prepare(self._prepare_inputs(inputs))
+            student = self.student_rows(model, batch, index)
+            teacher = self.teacher(batch, index) if self.teacher else None
+            count = len(batch["labels"])
+            sums = sequence_sums(student, teacher, count, vocab_size=self.vocab_size)
+        # The Trainer computes metrics only where there are labels; the numbers of tokens will do.
+        return None, sums, sums[:, 0]
+
+    def _prepare(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], RowIndex]:
+        if "labels" not in inputs:
+            raise ValueError(f"a batch needs labels, this one has {', '.join(inputs)}")
+        return {**inputs, "vocab_size": self.vocab_size}, supervised_rows(inputs["labels"])
+
+    def _collect(self, parts: Mapping[str, Tensor], index: RowIndex) -> None:
+        """Add this micro-batch to the statistics of the step: the loss, whose denominator is the
+        step's already, as a sum, everything else by its number of rows."""
+        rows = index.row.numel()
+        values = {name: value.detach() * rows for name, value in parts.items()}
+        values |= {"loss": parts["loss"].detach(), "rows": torch.tensor(float(rows))}
+        for name, value in values.items():
+            value = value.to(self.args.device, torch.float32)
+            self.step_sums[name] = self.step_sums.get(name, 0) + value
+
+    def _finish_step(self) -> None:
+        """Average the step's statistics over ranks, tell the objective, keep them for the log."""
+        if not self.step_sums:
+            return
+        names = list(self.step_sums)
+        total = self.accelerator.reduce(torch.stack(list(self.step_sums.values())), "sum")
+        sums = dict(zip(names, total.tolist(), strict=True))
+        self.step_sums = {}
+        rows = sums.pop("rows")
+        stats = {name: value / max(rows, 1) for name, value in sums.items()}
+        stats["loss"] = sums["loss"] / self.accelerator.num_processes
+        self.tokens += rows
+        self.unlogged.append({**stats, "rows": rows})
+        if rows and hasattr(self.objective, "update"):
+            self.objective.update(stats, self.state.global_step, self.state.max_steps)
+
+    # --- what the objective brings along ------------------------------------------------------
+
+    def objective_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of the objective itself (a projection, learned weights)."""
+        parameters = getattr(self.objective, "parameters", list)()
+        return [each for each in parameters if each.requires_grad]
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **options)
+        known = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        extra = [each for each in self.objective_parameters() if id(each) not in known]
+        if extra:
+            optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
+        return optimizer
+
+    # --- logs and times -----------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs and self.unlogged:
+            rows = sum(stats["rows"] for stats in self.unlogged)
+            for name in self.unlogged[-1].keys() - {"loss", "rows"}:
+                weighted = sum(stats[name] * stats["rows"] for stats in self.unlogged)
+                logs[name] = weighted / max(rows, 1)
+            logs["tokens_per_second"] = rows / sum(stats["seconds"] for stats in self.unlogged)
+            self.unlogged = []
+        super().log(logs, *args, **options)
+
+    def seconds(self) -> dict[str, float]:
+        """Training time of the whole run, interruptions left out: `teacher`, `student` (forward
+        and backward), `loss`, `rest` (optimiser, data) and `total`, without evaluation and
+        checkpoints."""
+        measured = self.clock.seconds()
+        total, steps = measured.get("total", 0.0), measured.get("micro_steps", 0.0)
+        teacher, loss = measured.get("teacher", 0.0), measured.get("loss", 0.0)
+        return {
+            "teacher": teacher,
+            "student": steps - teacher - loss,
+            "loss": loss,
+            "rest": total - steps,
+            "total": total,
+        }
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint."""
+        if resume_from_checkpoint is True:
+            # The Trainer's own search would take a torn one.
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._require_finite_weights()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # An older run's folder would lend its marker to a half-written new one.
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # The Trainer deletes old checkpoints before the new one has its marker; prune() after it.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            state = {"tokens": self.tokens, "seconds": self.clock.seconds()}
+            state["unlogged"] = self.unlogged
+            if hasattr(self.objective, "state_dict"):
+                state["objective"] = self.objective.state_dict()
+            torch.save(state, folder / STATE_FILE)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            if limit:
+                prune(folder.parent, limit, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Tests kill the process here: weights are written, the optimiser's state is not.
+        time.sleep(float(os.environ.get("STILLHOUSE_TEST_CHECKPOINT_SLEEP", "0")))
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not one of this trainer's")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.tokens, self.unlogged = state["tokens"], state["unlogged"]
+        for name, seconds in state["seconds"].items():
+            self.clock.add(name, seconds)
+        if "objective" in state:
+            self.objective.load_state_dict(state["objective"])
+
+    # --- stopping in time ---------------------------------------------------------------------
+
+    def _require_finite(self, loss: Tensor, records: Tensor | None) -> None:
+        if self.model.training and not torch.isfinite(loss):
+            made_of = "" if records is None else f", records {records.tolist()} of the data"
+            raise NonFiniteLoss(
+                f"loss is {loss.item()} in step {self.state.global_step + 1}{made_of}: "
+                f"{self._last_good()}. Usual causes: a learning rate too high, float16 that "
+                "overflows, a broken record"
+            )
+
+    def _require_finite_weights(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter.detach()).all():
+                raise NonFiniteLoss(
+                    f"{name} has non-finite values after step {self.state.global_step}, nothing "
+                    f"was saved: {self._last_good()}. Usual cause: a learning rate too high"
+                )
+
+    def _last_good(self) -> str:
+        path = newest_complete(self.args.output_dir)
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+
+
+class _Bookkeeping(TrainerCallback):
+    """Calls of the training loop that are not methods of the Trainer."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+        self.since = 0.0
+
+    def on_train_begin(self, *args: Any, **options: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
+        # Data-parallel wrappers average the gradients of the model, not those of the objective.
+        for parameter in self.trainer.objective_parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.trainer.accelerator.reduce(parameter.grad, "mean")
+
+    def on_step_end(self, *args: Any, **options: Any) -> None:
+        # The loop zeroes the gradients of the model only.
+        for parameter in self.trainer.objective_parameters():
+            parameter.grad = None
+        self.trainer._finish_step()
+        now = time.perf_counter()
+        self.trainer.clock.add("total", now - self.since)
+        if self.trainer.unlogged:
+            self.trainer.unlogged[-1].setdefault("seconds", now - self.since)
+        self.since = now
+
+    def on_evaluate(self, *args: Any, **options: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_save(self, *args: Any, **options: Any) -> None:
+        self.since = time.perf_counter()
+
+
+def _summary(prediction: Any) -> dict[str, float]:
+    return summarize(prediction.predictions)
