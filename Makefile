@@ -18,7 +18,7 @@ BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | t
 
 PY  := $(VENV)/bin/python
 # On a terminal pip shows its progress; in a log it speaks only when something is wrong.
-PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo -q)
+PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 say  = @printf '\n==> %s\n' "$(1)"
 
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)

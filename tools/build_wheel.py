@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
+def check_contents(sdist: Path) -> None:
+    """RuntimeError when the sdist has swept up hidden or generated folders, such as .venv."""
+    with tarfile.open(sdist) as archive:
+        tops = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    stray = sorted(top for top in tops if top.startswith(".") or top in ("build", "dist", "runs"))
+    if stray:
+        raise RuntimeError(f"the sdist contains {', '.join(stray)}: see sdist in pyproject.toml")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the two files go")
@@ -51,10 +61,13 @@ def main() -> int:
         made, audited = Path(scratch, "made"), Path(scratch, "audited")
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", made)
         sdist = only(made, "*.tar.gz")
+        check_contents(sdist)
         settings = [argument for define in defines for argument in ("-C", define)]
         settings += ["-C", f"build-dir={scratch}/build"]
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps")
-        run(*pip, "--no-build-isolation", *settings, "--wheel-dir", made, sdist)
+        # No cache: pip would keep this wheel, and hand it to a later build of the same version.
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
+        how = ("--no-deps", "--no-build-isolation", *settings, "--wheel-dir", made)
+        run(*pip, "wheel", *how, sdist)
         excludes = [part for library in TORCH_LIBRARIES for part in ("--exclude", library)]
         audit = (sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", *excludes)
         run(*audit, "--wheel-dir", audited, only(made, "*.whl"), env=environment)

@@ -10,6 +10,10 @@
 // Passes work on blocks of 1,024 elements. Where student, teacher and gradient are all bfloat16 they
 // are read and written as they are; any other mix of types is widened block by block in L1, so that
 // the kernels are not a template of three input types.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "kernel.h"
 
 namespace stillhouse {
@@ -19,7 +23,7 @@ namespace {
 template <class Real>
 struct Workspace {
   Real *q, *p;                      // [vocab] exponentials, then q and h; null on the streaming path
-  Real *q_reference, *p_reference;  // [blocks] x that a block's exponentials are relative to
+  Real *q_shift, *p_shift;          // [blocks] powers of two that a block's are relative to
   Real *student, *teacher, *student_e, *teacher_e, *gradient;  // [kBlock] each
 };
 
@@ -32,7 +36,8 @@ template <class In, class Real>
 struct Block {
   int64_t n;  // multiple of kLanes
   const In *z, *t;
-  Real z_gain, t_gain, lse_difference, z_lse, t_lse;
+  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
+  Real lse_difference, z_lse, t_lse;
   Real *q, *p;
   Real q_factor, p_factor;
 };
@@ -44,59 +49,65 @@ struct Sums {
 
 template <class In, class Real>
 SH_INLINE Element<Real> element(const Block<In, Real>& b, int64_t j) {
-  const Real z = b.z_gain * Real(widen(b.z[j])), t = b.t_gain * Real(widen(b.t[j]));
+  const Real z = Real(widen(b.z[j])), t = Real(widen(b.t[j]));
   Element<Real> e;
-  e.lq = z - b.z_lse;
-  e.lp = t - b.t_lse;
+  e.lq = b.z_gain * z - b.z_lse;
+  e.lp = b.t_gain * t - b.t_lse;
   e.q = b.q[j] * b.q_factor;
   e.p = b.p[j] * b.p_factor;
-  // Not lp - lq: where the gains are equal t - z is exact, and an error of the difference of
-  // log-sum-exps enters a Bregman sum squared.
-  e.delta = (t - z) - b.lse_difference;
+  // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
+  // taken in double.
+  e.delta = b.t_gain * (t - b.ratio * z) - b.lse_difference;
   return e;
 }
 
 // Pass 2 without a gradient.
 template <class Kind, class In, class Real>
-void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums) {
-  const int64_t n = b.n & ~(kLanes - 1);
-  Real value = 0;
-#pragma omp simd reduction(+ : value)
-  for (int64_t j = 0; j < n; ++j) value += kind_term<Kind>(element(b, j), k);
-  sums.value += value;
+void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
+  Real value[kLanes] = {};
+  for (int64_t j = 0; j < b.n; j += kLanes) {
+    touch();
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) value[i] += kind_term<Kind>(element(b, j + i), k);
+  }
+  sums.value += fold_sum(value);
 }
 
 // Pass 2 where H = -1 is known: value and gradient at once.
 template <class Kind, class In, class Out, class Real>
 void block_gradient(const Block<In, Real> b, const KindParams<Real> k, Real weight, Out* gradient,
-                    Sums& sums) {
-  const int64_t n = b.n & ~(kLanes - 1);
-  Real value = 0;
-#pragma omp simd reduction(+ : value)
-  for (int64_t j = 0; j < n; ++j) {
-    const Element<Real> e = element(b, j);
-    value += kind_term<Kind>(e, k);
-    narrow((Kind::slope(e, k) + e.q) * weight, gradient[j]);
+                    Sums& sums, Prefetch touch) {
+  Real value[kLanes] = {};
+  for (int64_t j = 0; j < b.n; j += kLanes) {
+    touch();
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Element<Real> e = element(b, j + i);
+      value[i] += kind_term<Kind>(e, k);
+      narrow((Kind::slope(e, k) + e.q) * weight, gradient[j + i]);
+    }
   }
-  sums.value += value;
+  sums.value += fold_sum(value);
 }
 
 // Pass 2 where H is a sum: q stays in b.q and h in b.p.
 template <class Kind, class In, class Real>
-void block_slopes(const Block<In, Real> b, const KindParams<Real> k, Sums& sums) {
-  const int64_t n = b.n & ~(kLanes - 1);
-  Real value = 0, slope = 0;
-#pragma omp simd reduction(+ : value, slope)
-  for (int64_t j = 0; j < n; ++j) {
-    const Element<Real> e = element(b, j);
-    value += kind_term<Kind>(e, k);
-    const Real h = Kind::slope(e, k);
-    slope += h;
-    b.q[j] = e.q;
-    b.p[j] = h;
+void block_slopes(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
+  Real value[kLanes] = {}, slope[kLanes] = {};
+  for (int64_t j = 0; j < b.n; j += kLanes) {
+    touch();
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Element<Real> e = element(b, j + i);
+      value[i] += kind_term<Kind>(e, k);
+      const Real h = Kind::slope(e, k);
+      slope[i] += h;
+      b.q[j + i] = e.q;
+      b.p[j + i] = h;
+    }
   }
-  sums.value += value;
-  sums.slope += slope;
+  sums.value += fold_sum(value);
+  sums.slope += fold_sum(slope);
 }
 
 // Pass 3.
@@ -109,20 +120,21 @@ void block_combine(int64_t n, const Real* q, const Real* h, Real H, Real weight,
 
 template <class In, class Real>
 void block_stats(const Block<In, Real> b, Sums& sums) {
-  const int64_t n = b.n & ~(kLanes - 1);
-  Real acceptance = 0, below = 0, student = 0, teacher = 0;
-#pragma omp simd reduction(+ : acceptance, below, student, teacher)
-  for (int64_t j = 0; j < n; ++j) {
-    const Element<Real> e = element(b, j);
-    acceptance += e.q < e.p ? e.q : e.p;
-    below += e.q < e.p ? e.q : Real(0);
-    student += times(e.q, -e.lq);
-    teacher += times(e.p, -e.lp);
+  Real acceptance[kLanes] = {}, below[kLanes] = {}, student[kLanes] = {}, teacher[kLanes] = {};
+  for (int64_t j = 0; j < b.n; j += kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Element<Real> e = element(b, j + i);
+      acceptance[i] += e.q < e.p ? e.q : e.p;
+      below[i] += e.q < e.p ? e.q : Real(0);
+      student[i] += times(e.q, -e.lq);
+      teacher[i] += times(e.p, -e.lp);
+    }
   }
-  sums.acceptance += acceptance;
-  sums.below += below;
-  sums.student_entropy += student;
-  sums.teacher_entropy += teacher;
+  sums.acceptance += fold_sum(acceptance);
+  sums.below += fold_sum(below);
+  sums.student_entropy += fold_sum(student);
+  sums.teacher_entropy += fold_sum(teacher);
 }
 
 // The last steps of a gradient block that was made in a buffer: label term, soft-cap, storage type.
@@ -147,12 +159,6 @@ void finish_gradient(const Source<Real>& student, const LabelTerm<Real>& label, 
   });
 }
 
-// Touches the next row while this one is being computed, so that memory and arithmetic overlap.
-void prefetch(const char* row, int64_t start, int64_t bytes) {
-  if (row == nullptr) return;
-  for (int64_t i = start; i < start + bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
 // One row under one kind.
 template <class Kind, class Real>
 struct DivergenceRow {
@@ -160,16 +166,25 @@ struct DivergenceRow {
   Workspace<Real> w;
   Source<Real> student, teacher;
   LabelTerm<Real> label;
-  Real z_lse = 0, t_lse = 0, weight = 0;
+  double z_lse = 0, t_lse = 0;
+  Real weight = 0;
   char* gradient = nullptr;
   Sums sums;
+  Prefetch touch{};
 
-  DivergenceRow(const Problem<Real>& problem, int64_t r, Workspace<Real> w)
+  // next: a later row whose memory is touched meanwhile; r itself if there is none.
+  DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, Workspace<Real> w)
       : problem(problem), w(w), student(problem.student, r, problem.vocab),
         teacher(problem.teacher, r, problem.vocab) {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
-    z_lse = exponentials(student, w.student, w.q, w.q_reference, w.student_e);
-    t_lse = exponentials(teacher, w.teacher, w.p, w.p_reference, w.teacher_e);
+    // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
+    const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
+    const char* next_student = row_of(problem.student.rows, next);
+    z_lse = exponentials(student, w.student, w.q, w.q_shift, w.student_e,
+                         {next_student, line / 2});
+    t_lse = exponentials(teacher, w.teacher, w.p, w.p_shift, w.teacher_e,
+                         {next_student + half * element_size(student.dtype), line / 2});
+    touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
     if (problem.labels != nullptr && problem.label_weight > 0 && problem.labels[r] != -100)
       label = LabelTerm<Real>(problem, problem.labels[r], student, z_lse, w);
     const Real row_weight = problem.weight != nullptr ? problem.weight[r] : Real(1);
@@ -186,19 +201,26 @@ struct DivergenceRow {
            teacher.plain(start) && (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
   }
 
+  // The log-sum-exp in powers of two of the rounded gain, as exponentials() used it.
+  static double lse2(const Source<Real>& source, double lse) {
+    return lse * (double(source.gain2()) / double(source.gain));
+  }
+
   template <class In>
   Block<In, Real> block(int64_t start, const In* z, const In* t) const {
-    Block<In, Real> b{padded(student.columns(start)), z, t, student.gain, teacher.gain, t_lse - z_lse,
-                      z_lse, t_lse, w.student_e, w.teacher_e, 1, 1};
+    Block<In, Real> b{padded(student.columns(start)), z, t, student.gain, teacher.gain,
+                      student.gain / teacher.gain, Real(t_lse - z_lse), Real(z_lse), Real(t_lse),
+                      w.student_e, w.teacher_e, 1, 1};
+    const double z_lse2 = lse2(student, z_lse), t_lse2 = lse2(teacher, t_lse);
     if (w.q != nullptr) {
       const int64_t i = start / kBlock;
       b.q = w.q + start;
       b.p = w.p + start;
-      b.q_factor = fast_exp(w.q_reference[i] * student.gain - z_lse);
-      b.p_factor = fast_exp(w.p_reference[i] * teacher.gain - t_lse);
+      b.q_factor = Real(std::exp2(w.q_shift[i] - z_lse2));
+      b.p_factor = Real(std::exp2(w.p_shift[i] - t_lse2));
     } else {
-      block_exp(b.n, z, Real(student.gain * kLog2e), z_lse / student.gain, b.q);
-      block_exp(b.n, t, Real(teacher.gain * kLog2e), t_lse / teacher.gain, b.p);
+      block_exp(b.n, z, student.gain2(), Real(z_lse2), b.q, {reinterpret_cast<const char*>(z), 0});
+      block_exp(b.n, t, teacher.gain2(), Real(t_lse2), b.p, {reinterpret_cast<const char*>(t), 0});
     }
     return b;
   }
@@ -208,11 +230,11 @@ struct DivergenceRow {
   void terms(const Block<In, Real>& b, Out* out) {
     if (problem.stats != nullptr) block_stats(b, sums);
     if (gradient == nullptr) {
-      block_value<Kind>(b, problem.params, sums);
+      block_value<Kind>(b, problem.params, sums, touch);
     } else if constexpr (Kind::kUnitSlope) {
-      block_gradient<Kind>(b, problem.params, weight, out, sums);
+      block_gradient<Kind>(b, problem.params, weight, out, sums, touch);
     } else {
-      block_slopes<Kind>(b, problem.params, sums);
+      block_slopes<Kind>(b, problem.params, sums, touch);
     }
   }
 
@@ -237,7 +259,7 @@ struct DivergenceRow {
     if (w.q == nullptr) {
       const auto b = block(start, student.load(start, w.student), teacher.load(start, w.teacher));
       Sums taken_before;
-      block_slopes<Kind>(b, problem.params, taken_before);
+      block_slopes<Kind>(b, problem.params, taken_before, touch);
       q = b.q, h = b.p, x = b.z;
     }
     if constexpr (sizeof(Real) == 4) {
@@ -253,20 +275,16 @@ struct DivergenceRow {
 };
 
 template <class Kind, class Real>
-void divergence_row(const Problem<Real>& problem, int64_t r, const char* next_student,
-                    const char* next_teacher, Workspace<Real> w) {
-  DivergenceRow<Kind, Real> row(problem, r, w);
+void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next, Workspace<Real> w) {
+  DivergenceRow<Kind, Real> row(problem, r, next, w);
   // Before pass 2, which may write the gradient over the student.
   const Real agreement = problem.stats != nullptr && first_argmax(row.student, w.student) ==
                                                          first_argmax(row.teacher, w.teacher);
-  const int64_t student_size = element_size(row.student.dtype);
-  const int64_t teacher_size = element_size(row.teacher.dtype);
   for (int64_t start = 0; start < problem.vocab; start += kBlock) {
-    const int64_t columns = row.student.columns(start);
-    prefetch(next_student, start * student_size, columns * student_size);
-    prefetch(next_teacher, start * teacher_size, columns * teacher_size);
     row.pass2(start);
+    row.touch.at += row.touch.step * (padded(row.student.columns(start)) / kLanes);
   }
+  row.touch.step = 0;
   if (!Kind::kUnitSlope && row.gradient != nullptr)
     for (int64_t start = 0; start < problem.vocab; start += kBlock)
       row.pass3(start, Real(row.sums.slope));
@@ -280,7 +298,8 @@ void divergence_row(const Problem<Real>& problem, int64_t r, const char* next_st
   }
   if (problem.stats != nullptr) {
     const Real values[kStats] = {Real(sums.acceptance), agreement, Real(sums.student_entropy),
-                                 Real(sums.teacher_entropy), row.z_lse, row.t_lse, Real(sums.below)};
+                                 Real(sums.teacher_entropy), Real(row.z_lse), Real(row.t_lse),
+                                 Real(sums.below)};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
 }
@@ -289,14 +308,14 @@ void divergence_row(const Problem<Real>& problem, int64_t r, const char* next_st
 template <class Real>
 void label_row(const Problem<Real>& problem, int64_t r, Workspace<Real> w) {
   const Source<Real> student(problem.student, r, problem.vocab);
-  const Real lse = exponentials<Real>(student, w.student, nullptr, nullptr, w.student_e);
+  const double lse = exponentials<Real>(student, w.student, nullptr, nullptr, w.student_e, {student.row, 0});
   LabelTerm<Real> label(problem, problem.labels[r], student, lse, w);
   if (problem.value != nullptr) problem.value[r] = label.value;
   if (problem.gradient.data == nullptr) return;
   label.weight = (problem.weight != nullptr ? problem.weight[r] : Real(1)) * label.gain;
   for (int64_t start = 0; start < problem.vocab; start += kBlock) {
     const Real* x = student.load(start, w.student);
-    for (int64_t j = 0; j < kBlock; ++j) w.gradient[j] = 0;
+    for (int64_t j = 0; j < padded(student.columns(start)); ++j) w.gradient[j] = 0;
     finish_gradient(student, label, start, x, w.gradient, problem.gradient.dtype,
                     row_of(problem.gradient, r));
   }
@@ -325,8 +344,8 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
   w.gradient = take(kBlock);
   w.q = resident ? take(row) : nullptr;
   w.p = resident ? take(row) : nullptr;
-  w.q_reference = take(blocks);
-  w.p_reference = take(blocks);
+  w.q_shift = take(blocks);
+  w.p_shift = take(blocks);
 
   const int64_t gradient_size = element_size(problem.gradient.dtype);
   for (int64_t r = lo; r < hi; ++r) {
@@ -341,16 +360,14 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
       if (gradient != nullptr) zero(gradient, 0, problem.width, gradient_size);
       continue;
     }
-    const bool more = r + 1 < hi && resident;
-    const char* next_student = more ? row_of(problem.student.rows, r + 1) : nullptr;
-    const char* next_teacher = more && problem.teacher.rows.data ? row_of(problem.teacher.rows, r + 1) : nullptr;
+    const int64_t next = r + 1 < hi ? r + 1 : r;
     switch (problem.kind) {
       case kCrossEntropy:
         label_row(problem, r, w);
         break;
-#define SH_CASE(number, Kind)                                                 \
-  case number:                                                                \
-    divergence_row<Kind, Real>(problem, r, next_student, next_teacher, w);    \
+#define SH_CASE(number, Kind)                            \
+  case number:                                           \
+    divergence_row<Kind, Real>(problem, r, next, w);     \
     break;
         SH_DIVERGENCE_KINDS(SH_CASE)
 #undef SH_CASE

@@ -9,8 +9,8 @@
 namespace stillhouse {
 
 constexpr int kStats = 7;
-constexpr int64_t kBlock = 1024;  // elements widened and worked on at a time; two buffers fit in L1
-constexpr int64_t kLanes = 16;    // blocks are padded with -inf to a multiple of this
+constexpr int64_t kBlock = 2048;  // elements widened and worked on at a time; two buffers fit in L1
+constexpr int64_t kLanes = 32;     // blocks are padded with -inf to a multiple of this
 
 struct Logits {
   Rows rows;

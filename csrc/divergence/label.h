@@ -12,12 +12,15 @@ struct LabelTerm {
 
   LabelTerm() = default;
   LabelTerm(const Problem<Real>& problem, int64_t label, const Source<Real>& student,
-            Real student_lse, Workspace<Real>& w)
+            double student_lse, Workspace<Real>& w)
       : on(true), label(label) {
     const double ratio = problem.student.temperature / problem.label_temperature;
     Source<Real> source = student;
     source.gain = gain = Real(student.gain * ratio);
-    lse = ratio == 1 ? student_lse : exponentials<Real>(source, w.student, nullptr, nullptr, w.student_e);
+    const double exact_lse = ratio == 1 ? student_lse
+                                        : exponentials<Real>(source, w.student, nullptr, nullptr,
+                                                             w.student_e, {source.row, 0});
+    lse = Real(exact_lse);
     double finite_sum = 0;
     int64_t finite = 0;
     const Real smoothing = Real(problem.label_smoothing);
@@ -35,8 +38,8 @@ struct LabelTerm {
     hot = 1 - smoothing;
     const int64_t start = label / kBlock * kBlock;
     const Real x_label = source.load(start, w.student)[label - start];
-    value = hot * (lse - gain * x_label);
-    if (smoothing > 0) value += smoothing * lse - uniform * gain * Real(finite_sum);
+    value = hot * Real(exact_lse - double(gain) * x_label);
+    if (smoothing > 0) value += Real(smoothing * exact_lse - uniform * gain * finite_sum);
   }
 
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {

@@ -37,7 +37,7 @@ def test_run_leaves_report_and_plot(dice, tmp_path, capsys):
     assert content["seconds"]["total"] > 0
     assert (tmp_path / "dice" / "pips.png").exists()
     assert report.seeds == [0, 1]
-    assert "1 of 2 claims hold on 2 seeds" in capsys.readouterr().out
+    assert "1 of 2 claims hold, seeds [0, 1], " in capsys.readouterr().out
 
 
 def test_a_spent_budget_still_runs_one_seed(dice, tmp_path):

@@ -30,7 +30,7 @@ def run(
     report.save()
     held = sum(claim["holds"] for claim in report.claims)
     print(
-        f"{held} of {len(report.claims)} claims hold on {len(report.seeds)} seeds, "
+        f"{held} of {len(report.claims)} claims hold, seeds {report.seeds}, "
         f"{report.elapsed:.0f} s on {machine()}"
     )
     return report
