@@ -16,6 +16,16 @@ namespace stillhouse {
 SH_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 SH_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
+// a b + c, rounded once where the instruction set has it. Compiled with -ffp-contract=off, so that no
+// other product is fused: equal inputs must give equal results, and p - q an exact zero.
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDA_ARCH__)
+SH_INLINE float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+SH_INLINE double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+SH_INLINE float mul_add(float a, float b, float c) { return a * b + c; }
+SH_INLINE double mul_add(double a, double b, double c) { return a * b + c; }
+#endif
+
 // 2^y for y <= 127, relative error 1.5e-7; 0 below -125 (also for -inf), NaN for NaN. y = n + f with
 // |f| <= 1/2: adding 1.5 * 2^23 rounds, and leaves n in the low bits. The additions run beside the
 // multiplications on most cores, which is why f is not made by an fma.
@@ -24,11 +34,11 @@ SH_INLINE float fast_exp2(float y) {
   const float shifted = y + kRound;
   const float f = y - (shifted - kRound);
   float p = 0.00132647299f;
-  p = p * f + 0.00967151116f;
-  p = p * f + 0.05550733715f;
-  p = p * f + 0.24022242118f;
-  p = p * f + 0.69314697765f;
-  p = p * f + 1.f;
+  p = mul_add(p, f, 0.00967151116f);
+  p = mul_add(p, f, 0.05550733715f);
+  p = mul_add(p, f, 0.24022242118f);
+  p = mul_add(p, f, 0.69314697765f);
+  p = mul_add(p, f, 1.f);
   const float power = as_float(as_bits(p) + (as_bits(shifted) << 23));
   return y < -125.f ? 0.f : power;
 }
@@ -46,14 +56,14 @@ SH_INLINE float fast_log(float x) {
   const int32_t n = static_cast<int32_t>(offset) >> 23;
   const float f = as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.f;
   float p = -0.07865442973f;
-  p = p * f + 0.12879188073f;
-  p = p * f - 0.13125292705f;
-  p = p * f + 0.14181421972f;
-  p = p * f - 0.16624970293f;
-  p = p * f + 0.20002282445f;
-  p = p * f - 0.25000796551f;
-  p = p * f + 0.33333316786f;
-  return float(n) * 0.693147181f + (f - f * f * (0.5f - f * p));
+  p = mul_add(p, f, 0.12879188073f);
+  p = mul_add(p, f, -0.13125292705f);
+  p = mul_add(p, f, 0.14181421972f);
+  p = mul_add(p, f, -0.16624970293f);
+  p = mul_add(p, f, 0.20002282445f);
+  p = mul_add(p, f, -0.25000796551f);
+  p = mul_add(p, f, 0.33333316786f);
+  return mul_add(float(n), 0.693147181f, f - f * f * mul_add(-f, p, 0.5f));
 }
 SH_INLINE double fast_log(double x) { return std::log(x); }
 

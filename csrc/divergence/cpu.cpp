@@ -37,7 +37,7 @@ struct Block {
   int64_t n;  // multiple of kLanes
   const In *z, *t;
   Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
-  Real lse_difference, z_lse, t_lse;
+  Real lse_difference, lse_difference_low, z_lse, t_lse;
   Real *q, *p;
   Real q_factor, p_factor;
 };
@@ -51,13 +51,14 @@ template <class In, class Real>
 SH_INLINE Element<Real> element(const Block<In, Real>& b, int64_t j) {
   const Real z = Real(widen(b.z[j])), t = Real(widen(b.t[j]));
   Element<Real> e;
-  e.lq = b.z_gain * z - b.z_lse;
-  e.lp = b.t_gain * t - b.t_lse;
+  e.lq = mul_add(b.z_gain, z, -b.z_lse);
+  e.lp = mul_add(b.t_gain, t, -b.t_lse);
   e.q = b.q[j] * b.q_factor;
   e.p = b.p[j] * b.p_factor;
   // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
-  // taken in double.
-  e.delta = b.t_gain * (t - b.ratio * z) - b.lse_difference;
+  // taken in double; in two parts, since logits with an offset make it large and delta small.
+  const Real gap = mul_add(-b.ratio, z, t);
+  e.delta = mul_add(b.t_gain, gap, -b.lse_difference) - b.lse_difference_low;
   return e;
 }
 
@@ -115,7 +116,7 @@ template <class Out, class Real>
 void block_combine(int64_t n, const Real* q, const Real* h, Real H, Real weight, Out* gradient) {
   n &= ~(kLanes - 1);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) narrow((h[j] - q[j] * H) * weight, gradient[j]);
+  for (int64_t j = 0; j < n; ++j) narrow(mul_add(-q[j], H, h[j]) * weight, gradient[j]);
 }
 
 template <class In, class Real>
@@ -201,27 +202,26 @@ struct DivergenceRow {
            teacher.plain(start) && (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
   }
 
-  // The log-sum-exp in powers of two of the rounded gain, as exponentials() used it.
-  static double lse2(const Source<Real>& source, double lse) {
-    return lse * (double(source.gain2()) / double(source.gain));
-  }
-
   template <class In>
   Block<In, Real> block(int64_t start, const In* z, const In* t) const {
+    const Real difference = Real(t_lse - z_lse);
     Block<In, Real> b{padded(student.columns(start)), z, t, student.gain, teacher.gain,
-                      student.gain / teacher.gain, Real(t_lse - z_lse), Real(z_lse), Real(t_lse),
+                      student.gain / teacher.gain, difference,
+                      Real((t_lse - z_lse) - double(difference)), Real(z_lse), Real(t_lse),
                       w.student_e, w.teacher_e, 1, 1};
-    const double z_lse2 = lse2(student, z_lse), t_lse2 = lse2(teacher, t_lse);
+    const double z_lse2 = student.in_powers_of_two(z_lse), t_lse2 = teacher.in_powers_of_two(t_lse);
+    Real z_shift = Real(z_lse2), t_shift = Real(t_lse2);
     if (w.q != nullptr) {
-      const int64_t i = start / kBlock;
       b.q = w.q + start;
       b.p = w.p + start;
-      b.q_factor = Real(std::exp2(w.q_shift[i] - z_lse2));
-      b.p_factor = Real(std::exp2(w.p_shift[i] - t_lse2));
+      z_shift = w.q_shift[start / kBlock];
+      t_shift = w.p_shift[start / kBlock];
     } else {
-      block_exp(b.n, z, student.gain2(), Real(z_lse2), b.q, {reinterpret_cast<const char*>(z), 0});
-      block_exp(b.n, t, teacher.gain2(), Real(t_lse2), b.p, {reinterpret_cast<const char*>(t), 0});
+      block_exp(b.n, z, student.gain2(), z_shift, b.q, {reinterpret_cast<const char*>(z), 0});
+      block_exp(b.n, t, teacher.gain2(), t_shift, b.p, {reinterpret_cast<const char*>(t), 0});
     }
+    b.q_factor = Real(std::exp2(z_shift - z_lse2));
+    b.p_factor = Real(std::exp2(t_shift - t_lse2));
     return b;
   }
 

@@ -7,7 +7,8 @@
 template <class Real>
 struct LabelTerm {
   bool on = false;
-  Real gain = 1, lse = 0, weight = 0, uniform = 0, hot = 0, value = 0;
+  Real gain = 1, gain2 = 1, shift2 = 0, factor = 1;  // q1 = factor 2^(gain2 x - shift2)
+  Real weight = 0, uniform = 0, hot = 0, value = 0;
   int64_t label = 0;
 
   LabelTerm() = default;
@@ -17,10 +18,13 @@ struct LabelTerm {
     const double ratio = problem.student.temperature / problem.label_temperature;
     Source<Real> source = student;
     source.gain = gain = Real(student.gain * ratio);
-    const double exact_lse = ratio == 1 ? student_lse
-                                        : exponentials<Real>(source, w.student, nullptr, nullptr,
-                                                             w.student_e, {source.row, 0});
-    lse = Real(exact_lse);
+    const double lse = ratio == 1 ? student_lse
+                                  : exponentials<Real>(source, w.student, nullptr, nullptr,
+                                                       w.student_e, {source.row, 0});
+    const double lse2 = source.in_powers_of_two(lse);
+    gain2 = source.gain2();
+    shift2 = Real(lse2);
+    factor = Real(std::exp2(shift2 - lse2));
     double finite_sum = 0;
     int64_t finite = 0;
     const Real smoothing = Real(problem.label_smoothing);
@@ -38,15 +42,15 @@ struct LabelTerm {
     hot = 1 - smoothing;
     const int64_t start = label / kBlock * kBlock;
     const Real x_label = source.load(start, w.student)[label - start];
-    value = hot * Real(exact_lse - double(gain) * x_label);
-    if (smoothing > 0) value += Real(smoothing * exact_lse - uniform * gain * finite_sum);
+    value = hot * Real(lse - double(gain) * x_label);
+    if (smoothing > 0) value += Real(smoothing * lse - uniform * gain * finite_sum);
   }
 
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
     n &= ~(kLanes - 1);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const Real q1 = fast_exp(gain * x[j] - lse);
+      const Real q1 = factor * fast_exp2(mul_add(gain2, x[j], -shift2));
       gradient[j] += weight * (q1 - (x[j] > -INFINITY ? uniform : Real(0)));
     }
     if (label >= start && label < start + n) gradient[label - start] -= weight * hot;

@@ -51,7 +51,7 @@ SH_INLINE double near_limit(double) { return 1e-3; }
 template <class Real>
 SH_INLINE Real near_term(const Element<Real>& e, const KindParams<Real>& k) {
   Real c = k.series[kSeriesTerms - 1];
-  for (int i = kSeriesTerms - 2; i >= 0; --i) c = c * e.delta + k.series[i];
+  for (int i = kSeriesTerms - 2; i >= 0; --i) c = mul_add(c, e.delta, k.series[i]);
   return e.q * (e.delta * e.delta) * c;
 }
 
@@ -87,7 +87,7 @@ template <class Real>
 struct MixtureLogs {
   Real q_over_m, p_over_m;
   SH_INLINE MixtureLogs(const Element<Real>& e, Real b) {
-    const Real m = b * e.p + (Real(1) - b) * e.q;
+    const Real m = mul_add(b, e.p, (Real(1) - b) * e.q);
     const bool teacher_larger = e.p > e.q;
     const Real larger = fast_log((teacher_larger ? e.p : e.q) / m);
     q_over_m = teacher_larger ? larger - e.delta : larger;
@@ -101,7 +101,7 @@ struct JSD {
   template <class Real>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
     const MixtureLogs<Real> logs(e, k.a);
-    return k.a * times(e.p, logs.p_over_m) + (Real(1) - k.a) * times(e.q, logs.q_over_m);
+    return mul_add(k.a, times(e.p, logs.p_over_m), (Real(1) - k.a) * times(e.q, logs.q_over_m));
   }
   template <class Real>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
@@ -115,13 +115,14 @@ struct SkewKL {
   static constexpr bool kSeries = true, kUnitSlope = false;
   template <class Real>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = k.a * e.p + (Real(1) - k.a) * e.q;
+    const Real m = mul_add(k.a, e.p, (Real(1) - k.a) * e.q);
     return times(e.p, MixtureLogs<Real>(e, k.a).p_over_m) + (m - e.p);
   }
   template <class Real>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = k.a * e.p + (Real(1) - k.a) * e.q;
-    return m > Real(0) ? (k.a - Real(1)) * e.q * (e.p / m) : Real(0);
+    const Real m = mul_add(k.a, e.p, (Real(1) - k.a) * e.q);
+    const Real share = (Real(1) - k.a) * (e.q - e.p) / m;  // 1 - p / m, exactly 0 at p = q
+    return times(e.q, (Real(1) - k.a) * share);
   }
 };
 
@@ -130,13 +131,14 @@ struct SkewReverseKL {
   static constexpr bool kSeries = true, kUnitSlope = false;
   template <class Real>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = (Real(1) - k.a) * e.p + k.a * e.q;
+    const Real m = mul_add(k.a, e.q, (Real(1) - k.a) * e.p);
     return times(e.q, MixtureLogs<Real>(e, Real(1) - k.a).q_over_m) + (m - e.q);
   }
   template <class Real>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = (Real(1) - k.a) * e.p + k.a * e.q;
-    return times(e.q, MixtureLogs<Real>(e, Real(1) - k.a).q_over_m - k.a * (e.q / m));
+    const Real m = mul_add(k.a, e.q, (Real(1) - k.a) * e.p);
+    const Real share = (Real(1) - k.a) * (e.p - e.q) / m;  // 1 - q / m, exactly 0 at p = q
+    return times(e.q, MixtureLogs<Real>(e, Real(1) - k.a).q_over_m + k.a * share);
   }
 };
 

@@ -32,6 +32,9 @@ struct Source {
 
   Real gain2() const { return Real(gain * kLog2e); }  // tempered logits in powers of two
 
+  // A log-sum-exp as exponentials() took it, with the rounded gain2.
+  double in_powers_of_two(double lse) const { return lse * (double(gain2()) / double(gain)); }
+
   int64_t columns(int64_t start) const { return vocab - start < kBlock ? vocab - start : kBlock; }
 
   // Whether a block's x are the row's own elements, all lanes of them.
@@ -68,7 +71,7 @@ struct Source {
     const Real* z = student->load(start, other);
     const Real a = weight * own_gain, b = (1 - weight) * student->gain;
 #pragma omp simd
-    for (int64_t j = 0; j < end; ++j) buffer[j] = a * buffer[j] + b * z[j];
+    for (int64_t j = 0; j < end; ++j) buffer[j] = mul_add(a, buffer[j], b * z[j]);
   }
 };
 
@@ -120,7 +123,7 @@ Real block_exp(int64_t n, const In* x, Real gain2, Real shift2, Real* e, Prefetc
     touch();
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const Real ei = fast_exp2(gain2 * Real(widen(x[j + i])) - shift2);
+      const Real ei = fast_exp2(mul_add(gain2, Real(widen(x[j + i])), -shift2));
       e[j + i] = ei;
       sum[i] += ei;
     }

@@ -67,9 +67,12 @@ def main() -> None:
     except typer.Exit as error:
         status = error.exit_code
     except Exception as error:
-        # click's own complaints (an unknown subcommand, a missing argument) in one line, too.
-        message = getattr(error, "format_message", lambda: str(error))()
-        if message:
-            print(f"stillhouse: error: {message}", file=sys.stderr)
-        status = getattr(error, "exit_code", 1)
+        # The command line's own complaints (an unknown subcommand, a missing argument) come from
+        # click or from typer's copy of it: what they share is this method.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        if describe():
+            print(f"stillhouse: error: {describe()}", file=sys.stderr)
+        status = error.exit_code
     sys.exit(status or 0)

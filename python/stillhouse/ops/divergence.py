@@ -78,7 +78,7 @@ def _check_rows(name: str, x: Tensor, student: Tensor, dtype: torch.dtype | None
 
 
 def _positive(name: str, value: Number) -> Number:
-    if not isinstance(value, Tensor) and not (value > 0 and math.isfinite(value)):
+    if not isinstance(value, Tensor) and not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value}")
     return value
 

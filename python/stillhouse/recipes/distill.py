@@ -45,11 +45,13 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
 
     # Loaders draw a bar for each file; what is loaded is said in one line below.
     logging.disable_progress_bar()
+    objective = build_objective(arguments)
+    if arguments.teacher is None and getattr(objective, "needs_teacher", True):
+        raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
     _check_directory(arguments, training)
     job = _Job(arguments, training)
     with training.main_process_first(desc="checkpoints"):
         checkpoint = _starting_point(arguments, training)
-    objective = build_objective(arguments)
     trainer = job.trainer(arguments.method, objective, training)
     untouched = job.evaluate(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -125,11 +127,14 @@ class _Job:
         self.arguments, self.training = arguments, training
         teacher, student = map(_resolve, (arguments.teacher, arguments.student))
         self.student_name = student
+        # Text is read before the models: a wrong path should not cost a minute of loading.
+        records = data.read(arguments.data)
+        other = None if arguments.eval_data is None else data.read(arguments.eval_data)
         self.teacher = None
         if teacher is not None:
             self.teacher = models.load_model(teacher, arguments.teacher_dtype)
-        self.tokenizer = models.load_tokenizer(teacher or student)
         self._fresh = models.load_student(student, self.teacher, arguments.student_dtype)
+        self.tokenizer = models.load_tokenizer(teacher or student)
         if self.teacher is not None:
             own = self.tokenizer
             if not student.startswith("layers:") and models.has_tokenizer(student):
@@ -138,17 +143,16 @@ class _Job:
         else:
             models.check_vocabulary(self._fresh, self.tokenizer)
         models.check_length(self._fresh, self.teacher, arguments.max_length)
-        self.train_set, self.eval_set = self._examples()
+        self.train_set, self.eval_set = self._examples(records, other)
         if training.process_index == 0:
             self._announce()
 
-    def _examples(self) -> tuple[Any, Any]:
+    def _examples(self, records: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Training and held-out examples; `evaluation` None holds out some of `records`."""
         from stillhouse.train.examples import encode
 
-        records = data.read(self.arguments.data)
         length = self.arguments.max_length
-        if self.arguments.eval_data is not None:
-            evaluation = data.read(self.arguments.eval_data)
+        if evaluation is not None:
             numbers, held = range(len(records)), range(len(evaluation))
         else:
             evaluation = records
@@ -211,7 +215,15 @@ class _Job:
         """Metrics on the held-out text, without their prefix; empty where nothing is held out."""
         if self.eval_set is None:
             return {}
-        metrics = trainer.evaluate()
+        state = trainer.state
+        metrics = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
+        # The last evaluation during training stands, unless an earlier model was put back.
+        if (
+            metrics is None
+            or metrics["step"] != state.global_step
+            or self.training.load_best_model_at_end
+        ):
+            metrics = trainer.evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def controls(self, run: _Run) -> list[_Run]:
@@ -362,7 +374,7 @@ def _resolve(name: str | None) -> str | None:
 
 
 def _check_directory(arguments: DistillArguments, training: Any) -> None:
-    """Refuse what would be overwritten, or resumed from half a checkpoint, before anything loads."""
+    """Refuse to overwrite, or to resume from half a checkpoint, before anything loads."""
     chosen = training.resume_from_checkpoint
     if chosen is not None and not is_complete(chosen):
         raise UsageError(f"{chosen} is no complete checkpoint: --resume finds the newest one")

@@ -38,10 +38,8 @@ OFTEN = (
 )
 
 
-def _flag(text: str, default: Any = None, **options: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **options})
-    return field(default=default, metadata={"help": text, **options})
+def _flag(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -61,7 +59,10 @@ class DistillArguments:
         "(no teacher needed)",
         "taid",
     )
-    method_options: list[str] = _flag("name=value pairs: t_start=0.2 alpha=auto, or beta=0.3", [])
+    method_options: list[str] = field(
+        default_factory=list,
+        metadata={"help": "name=value pairs: t_start=0.2 alpha=auto, or beta=0.3"},
+    )
     temperature: float = _flag("divides the logits of both sides", 1.0)
     label_weight: float = _flag("share of the cross-entropy to the labels in the loss", 0.0)
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
@@ -90,7 +91,7 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, Any]:
     """
     parser = _parser()
     config, rest = _split_config(list(argv))
-    words = [*_config_words(config, parser), *rest] if config else rest
+    words = [*_config_words(config, parser, rest), *rest] if config else rest
     try:
         ours, training, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
@@ -137,7 +138,8 @@ def help_text(everything: bool = False) -> str:
 
 
 def _entry(name: str, default: Any, text: str) -> list[str]:
-    shown = "" if default in (None, False, MISSING) else f" (default {default})"
+    quiet = default is None or default is False or default is MISSING
+    shown = "" if quiet else f" (default {default})"
     return textwrap.wrap(
         f"--{name}  {text}{shown}", 96, initial_indent="  ", subsequent_indent=" " * 10
     )
@@ -177,7 +179,7 @@ def _split_config(words: list[str]) -> tuple[Path | None, list[str]]:
     return path, rest
 
 
-def _config_words(path: Path, parser: Any) -> list[str]:
+def _config_words(path: Path, parser: Any, flags: list[str]) -> list[str]:
     """The file as words of a command line, so that it is checked exactly as flags are."""
     import yaml
 
@@ -195,7 +197,11 @@ def _config_words(path: Path, parser: Any) -> list[str]:
     for name, value in values.items():
         if name not in known:
             raise UsageError(f"{path}: unknown option {name!r} (stillhouse distill --help)")
-        if value is None:
+        # The options of the file's method mean nothing to the one a flag has put in its place.
+        replaced = name == "method_options" and any(
+            word.partition("=")[0] == "--method" for word in flags
+        )
+        if value is None or value == [] or replaced:
             continue
         words.append(f"--{name}")
         if isinstance(value, list):

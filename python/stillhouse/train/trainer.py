@@ -36,8 +36,9 @@ class DistillTrainer(Trainer):
     `objective(student, teacher, batch)` sees the logits of the supervised rows only. `teacher` is
     a causal LM with the same vocabulary; it is put on the training device and never trained. An
     objective that needs none may do without, or keep one for the evaluation. `vocab_size` leaves
-    padded columns out. Everything else, keyword arguments included, is `transformers.Trainer`: accumulation, mixed precision, gradient
-    checkpointing, data-parallel and sharded training, resume, trackers.
+    padded columns out. Everything else, keyword arguments included, is `transformers.Trainer`:
+    accumulation, mixed precision, gradient checkpointing, data-parallel and sharded training,
+    resume, trackers.
 
     The loss is a mean over the supervised tokens of a whole optimiser step, across micro-batches
     and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
@@ -67,6 +68,8 @@ class DistillTrainer(Trainer):
             raise ValueError(f"{type(objective).__name__} compares with a teacher: pass teacher=")
         # The collator's batch carries more than the model's arguments.
         args.remove_unused_columns = False
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # it would warn that there is nothing to pin for
         options.setdefault("data_collator", collate)
         super().__init__(model, args, compute_metrics=_summary, **options)
         self.objective = objective

@@ -1,0 +1,102 @@
+"""opcheck of every op, and torch.compile without graph breaks or recompilation."""
+
+import pytest
+import torch
+
+from stillhouse import ops
+
+NUMBERS = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5], dtype=torch.float64)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+S = torch.ops.stillhouse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    z = torch.randn(3, 5, 20).to(dtype)
+    t = torch.randn(3, 5, 20).to(dtype)
+    labels = torch.randint(0, 20, (3, 5))
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.rand(3, 5, dtype=result)
+    mask = torch.rand(3, 5) > 0.3
+    for kind in (1, 3):
+        for student, teacher in ((z.requires_grad_(), t), (z, t.clone().requires_grad_())):
+            torch.library.opcheck(S.divergence.default, (student, teacher, NUMBERS, mask, None, kind, -1, True))
+    z = z.detach()
+    torch.library.opcheck(S.divergence.default, (z.clone().requires_grad_(), None, NUMBERS, None, labels, 0))
+    torch.library.opcheck(S.divergence_gradient.default, (z, t, NUMBERS, weight, labels, 1))
+    torch.library.opcheck(S.divergence_loss.default, (z, t, NUMBERS, weight, labels, 1, 17, True))
+    torch.library.opcheck(S.divergence_loss_.default, (z.clone(), t, NUMBERS, weight, labels, 1, -1, True))
+    torch.library.opcheck(S.scale_.default, (z.clone(), torch.tensor(0.5, dtype=result)))
+
+
+def count_compilations(step):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    return counter, torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+
+
+def test_numbers_that_change_do_not_recompile():
+    def step(z, t, weight, temperature):
+        per_row = ops.divergence(z, t, ops.TAID(weight), temperature=temperature)
+        return per_row.mean() + ops.divergence(z, t, "jsd", temperature=temperature).mean()
+
+    counter, compiled = count_compilations(step)
+    for i in range(12):
+        z, t = torch.randn(3 + i, 50 + i).requires_grad_(), torch.randn(3 + i, 50 + i)
+        arguments = (torch.tensor(i / 11), torch.tensor(1 + i / 4))
+        loss = compiled(z, t, *arguments)
+        (got,) = torch.autograd.grad(loss, z)
+        expected = step(z, t, *arguments)
+        (want,) = torch.autograd.grad(expected, z)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_the_loss_form_compiles(backend, inplace):
+    def step(hidden, head, t, weight, temperature):
+        z = hidden @ head.t()
+        capped = 5 * torch.tanh(z / 5)
+        return ops.divergence_loss(
+            capped, t, ops.TAID(weight), temperature=temperature, inplace_grad=inplace
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for i in range(3):
+        hidden = torch.randn(4 + i, 16).requires_grad_()
+        head = torch.randn(70, 16).requires_grad_()
+        arguments = (torch.randn(4 + i, 70), torch.tensor(0.2 + i / 4), torch.tensor(1 + i / 4))
+        loss = compiled(hidden, head, *arguments)
+        loss.backward()
+
+        def plain(hidden, head, t, weight, temperature):
+            capped = 5 * torch.tanh(hidden @ head.t() / 5)
+            return ops.divergence(capped, t, ops.TAID(weight), temperature=temperature).mean()
+
+        expected = plain(hidden, head, *arguments)
+        want = torch.autograd.grad(expected, (hidden, head))
+        torch.testing.assert_close(loss, expected, rtol=3e-6, atol=3e-6)
+        for got, target in zip((hidden.grad, head.grad), want, strict=True):
+            torch.testing.assert_close(got, target, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_logsumexp_before_stays_right_under_compile(backend):
+    def step(hidden, head, t):
+        z = hidden @ head.t()
+        penalty = 1e-2 * z.logsumexp(-1).square().mean()
+        return ops.divergence_loss(z, t, inplace_grad=True) + penalty
+
+    def plain(hidden, head, t):
+        z = hidden @ head.t()
+        return ops.divergence(z, t).mean() + 1e-2 * z.logsumexp(-1).square().mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    hidden, head, t = torch.randn(4, 16).requires_grad_(), torch.randn(70, 16), torch.randn(4, 70)
+    (want,) = torch.autograd.grad(plain(hidden, head, t), hidden)
+    (got,) = torch.autograd.grad(compiled(hidden, head, t), hidden)
+    torch.testing.assert_close(got, want, rtol=3e-6, atol=3e-6)

@@ -1,0 +1,208 @@
+"""The plain reference and the kernels against the definitions, published values and torch's own ops."""
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stillhouse import ops
+
+module = importlib.import_module("stillhouse.ops.divergence")
+
+# The definitions, written from the formulas and not from the package; autograd through them is the
+# oracle for gradients.
+
+
+def probabilities(logits, temperature=1.0):
+    return torch.softmax(logits.double() / temperature, -1)
+
+
+def _plogr(p, r):
+    """p log(p / r) with 0 log 0 = 0."""
+    return torch.where(p > 0, p * (torch.where(p > 0, p, 1).log() - torch.where(p > 0, r, 1).log()), 0)
+
+
+def kl(p, q):
+    return _plogr(p, q).sum(-1)
+
+
+def jsd(p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def taid(z, t, weight, temperature=1.0):
+    mixed = (1 - weight) * z.detach().double() + weight * t.double()
+    log_q = torch.log_softmax(z.double() / temperature, -1)
+    p = torch.softmax(mixed / temperature, -1)
+    return -(p * torch.where(p > 0, log_q, 0)).sum(-1)
+
+
+DEFINITIONS = {
+    "forward_kl": lambda p, q: kl(p, q),
+    "reverse_kl": lambda p, q: kl(q, p),
+    "jsd": jsd,
+    "skew_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skew_reverse_kl": lambda p, q: kl(q, 0.9 * p + 0.1 * q),
+    "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
+}
+
+P = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+Q = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+
+# By hand, of P and Q.
+HAND = [
+    (ops.ForwardKL(), 0.173287),
+    (ops.ReverseKL(), 0.173287),
+    (ops.JSD(0.5), 0.042475),
+    (ops.JSD(0.1), 0.015483),
+    (ops.SkewKL(0.1), 0.138455),
+    (ops.SkewReverseKL(0.1), 0.138455),
+    (ops.TVD(), 0.25),
+    (ops.TAID(0.4), 1.112356),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("kind", "value"), HAND, ids=lambda x: repr(x))
+def test_hand_values(kind, value, dtype):
+    got = ops.divergence(Q.log().to(dtype), P.log().to(dtype), kind)
+    assert got.dtype == dtype
+    assert got.item() == pytest.approx(value, abs=6e-7)
+
+
+def test_two_class_values():
+    p, q = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.1, 0.9]).log()
+    assert ops.divergence(q, p, "forward_kl").item() == pytest.approx(1.757780, abs=1e-6)
+    assert ops.divergence(q, p, "jsd").item() == pytest.approx(0.368064, abs=1e-6)
+    assert ops.divergence(q, p, "tvd").item() == pytest.approx(0.8, abs=1e-6)
+
+
+def test_hand_stats():
+    _, stats = ops.divergence(Q.log(), P.log(), return_stats=True)
+    entropy = 1.5 * math.log(2)
+    expected = [0.75, 0.0, entropy, entropy, 0.0, 0.0, 0.25]
+    assert [s.item() for s in stats] == pytest.approx(expected, abs=1e-12)
+
+
+def test_stats_of_taid_compare_with_its_target():
+    z, t = Q.log(), P.log()
+    _, stats = ops.divergence(z, t, ops.TAID(0.4), return_stats=True)
+    target = torch.softmax(0.6 * z + 0.4 * t, -1)
+    assert stats.teacher_entropy.item() == pytest.approx(-(target * target.log()).sum().item(), abs=1e-12)
+    assert stats.acceptance.item() == pytest.approx(torch.minimum(target, Q).sum().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_against_the_definitions(name, temperature):
+    z = (torch.randn(5, 37, dtype=torch.float64) * 2).requires_grad_()
+    t = torch.randn(5, 37, dtype=torch.float64) * 2
+    expected = DEFINITIONS[name](probabilities(t, temperature), probabilities(z, temperature))
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), z)
+    value = ops.divergence(z, t, name, temperature=temperature)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+    call = module._check(z, t, name, temperature, None, None, None, 1.0, None, 0.0)
+    reference, _ = module.reference(call, None, False)
+    torch.testing.assert_close(reference, expected, rtol=1e-11, atol=1e-13)
+    (gradient,) = torch.autograd.grad(reference.sum(), z)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.37, 1.0])
+def test_taid_against_its_definition(t):
+    z = (torch.randn(5, 37, dtype=torch.float64) * 2).requires_grad_()
+    teacher = torch.randn(5, 37, dtype=torch.float64) * 2
+    expected = taid(z, teacher, t, 1.3)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), z)
+    value = ops.divergence(z, teacher, ops.TAID(t), temperature=1.3)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_taid_at_zero_has_no_gradient_at_all():
+    z = (torch.randn(5, 5003) * 2).requires_grad_()
+    ops.divergence(z, torch.randn(5, 5003), ops.TAID(0.0)).sum().backward()
+    assert z.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in DEFINITIONS if n != "tvd"])
+def test_teacher_gradient_by_the_definition(name):
+    z = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
+    t = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
+    arguments = {"temperature": 0.8, "teacher_temperature": 1.7}
+    expected = DEFINITIONS[name](probabilities(t, 1.7), probabilities(z, 0.8))
+    value = ops.divergence(z, t, name, **arguments)
+    upstream = torch.rand(4, dtype=torch.float64)
+    for got, want in zip(
+        torch.autograd.grad(value, (z, t), upstream), torch.autograd.grad(expected, (z, t), upstream), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_teacher_gradient_of_a_skewed_jsd_and_of_a_padded_teacher():
+    z = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
+    t = torch.randn(4, 32, dtype=torch.float64).requires_grad_()
+    value = ops.divergence(z, t, ops.JSD(0.2), vocab_size=20)
+    expected = DEFINITIONS["jsd"](probabilities(t[:, :20]), probabilities(z[:, :20]), 0.2)
+    for got, want in zip(
+        torch.autograd.grad(value.sum(), (z, t)), torch.autograd.grad(expected.sum(), (z, t)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [*(k for k, _ in HAND if not isinstance(k, ops.TAID))], ids=repr)
+def test_gradients_by_finite_differences(kind):
+    z = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
+    t = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, t: ops.divergence(z, t, kind, temperature=2.5), (z, t))
+
+
+def test_softcap_and_scale_gradients_by_finite_differences():
+    z = (torch.randn(3, 17, dtype=torch.float64) * 4).requires_grad_()
+    t = (torch.randn(3, 17, dtype=torch.float64) * 4).requires_grad_()
+    for kind in (ops.ForwardKL(), ops.JSD(0.3)):
+        assert torch.autograd.gradcheck(
+            lambda z, t, kind=kind: ops.divergence(z, t, kind, logit_softcap=(3.0, 5.0), logit_scale=(0.7, 1.4)),
+            (z, t),
+        )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_is_torch_s(smoothing):
+    z = torch.randn(6, 33, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([3, 0, 32, -100, 7, 7])
+    expected = F.cross_entropy(z, labels, label_smoothing=smoothing, reduction="none")
+    value = ops.divergence(z, None, ops.CrossEntropy(smoothing), labels=labels)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    (want,) = torch.autograd.grad(expected.sum(), z)
+    (got,) = torch.autograd.grad(value.sum(), z)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+    mean = ops.divergence_loss(z, None, ops.CrossEntropy(smoothing), labels=labels)
+    torch.testing.assert_close(mean, F.cross_entropy(z, labels, label_smoothing=smoothing))
+
+
+def test_forward_kl_is_torch_s():
+    z, t = torch.randn(6, 1000), torch.randn(6, 1000)
+    expected = F.kl_div(z.double().log_softmax(-1), t.double().log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(ops.divergence(z, t).double(), expected.sum(-1), rtol=2e-6, atol=1e-7)
+
+
+def test_a_tiny_kl_is_right():
+    """KL of about 5e-7 between rows of 131,072 columns: one part in a thousand."""
+    z = torch.randn(4, 131_072) * 3
+    t = z + 1e-3 * torch.randn_like(z)
+    for kind, definition in (("forward_kl", "forward_kl"), ("reverse_kl", "reverse_kl"), ("jsd", "jsd")):
+        expected = DEFINITIONS[definition](probabilities(t), probabilities(z))
+        assert (expected < 1e-6).all()
+        for level in range(ops.cpu_level() + 1):
+            best = ops.cpu_level()
+            ops.cpu_level(level)
+            value = ops.divergence(z, t, kind).double()
+            ops.cpu_level(best)
+            assert ((value - expected).abs() / expected).max() < 1e-3
