@@ -8,6 +8,7 @@ import platform
 from importlib.metadata import version
 
 import torch
+
 from stillhouse import ops
 
 LEVELS = ("baseline", "avx2", "avx512")  # by the number that ops.cpu_level() returns

@@ -9,18 +9,24 @@ STABLE_TORCH_LIBRARY(stillhouse, m) {
   // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [9] on the CPU, in the
   // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row.
   m.def(
-      "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, int kind, "
-      "int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor value, Tensor stats)");
+      "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "
+      "int kind, "
+      "int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor value, Tensor "
+      "stats)");
   m.def(
-      "divergence_gradient(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? labels, "
+      "divergence_gradient(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? "
+      "labels, "
       "int kind, int vocab=-1, int resident_limit=-1) -> Tensor");
   m.def(
-      "divergence_loss(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? labels, "
+      "divergence_loss(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? "
+      "labels, "
       "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
       "-> (Tensor loss, Tensor stats, Tensor gradient)");
   m.def(
-      "divergence_loss_(Tensor(a!) student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? labels, "
-      "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor loss, Tensor stats)");
+      "divergence_loss_(Tensor(a!) student, Tensor? teacher, Tensor numbers, Tensor weight, "
+      "Tensor? labels, "
+      "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor loss, "
+      "Tensor stats)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

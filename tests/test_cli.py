@@ -19,7 +19,8 @@ def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "stillhouse", "methods"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and "taid" in done.stdout
+    assert done.returncode == 0
+    assert "taid" in done.stdout
 
 
 def test_help_names_the_subcommands(monkeypatch, capsys):
@@ -50,7 +51,7 @@ def test_run_hands_on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, status, message",
+    ("words", "status", "message"),
     [
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["methods", "telepathy"], 1, "no method 'telepathy'"),
@@ -64,5 +65,6 @@ def test_run_hands_on(monkeypatch):
 def test_errors_are_one_line(monkeypatch, capsys, words, status, message):
     assert call(monkeypatch, *words) == status
     error = capsys.readouterr().err.strip()
-    assert error.startswith("stillhouse: error: ") and message in error
+    assert error.startswith("stillhouse: error: ")
+    assert message in error
     assert len(error.splitlines()) == 1

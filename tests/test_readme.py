@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from stillhouse import ops
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ def test_make_targets_exist():
 def test_subcommands_exist():
     pytest.importorskip("typer", reason="the command line is an extra")
     import typer
+
     from stillhouse.cli import app
 
     known = set(typer.main.get_command(app).commands)

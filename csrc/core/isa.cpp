@@ -15,7 +15,8 @@ Isa best_isa() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     return kAvx2;
 #endif
   return kBaseline;
@@ -29,8 +30,8 @@ Isa initial_isa() {
   if (wanted == nullptr || *wanted == 0) return best_isa();
   for (int level = kBaseline; level <= best_isa(); ++level)
     if (std::strcmp(wanted, kNames[level]) == 0) return Isa(level);
-  std::fprintf(stderr, "stillhouse: STILLHOUSE_CPU=%s is not a level of this machine (best: %s)\n", wanted,
-               kNames[best_isa()]);
+  std::fprintf(stderr, "stillhouse: STILLHOUSE_CPU=%s is not a level of this machine (best: %s)\n",
+               wanted, kNames[best_isa()]);
   std::abort();
 }
 
@@ -50,7 +51,8 @@ bool set_isa(int level) {
 
 // level -1 asks; any other switches, for tests that cover every level in one process.
 int64_t cpu_level(int64_t level) {
-  if (level >= 0) STD_TORCH_CHECK(set_isa(int(level)), "this machine has no instruction-set level ", level);
+  if (level >= 0)
+    STD_TORCH_CHECK(set_isa(int(level)), "this machine has no instruction-set level ", level);
   return isa();
 }
 

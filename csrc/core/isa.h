@@ -9,8 +9,8 @@ enum Isa : int {
   kAvx512 = 2,    // AVX-512 F, BW, VL, DQ
 };
 
-Isa isa();               // the level in use: the machine's best, or what STILLHOUSE_CPU names
-Isa best_isa();          // the machine's best among those compiled in
+Isa isa();                // the level in use: the machine's best, or what STILLHOUSE_CPU names
+Isa best_isa();           // the machine's best among those compiled in
 bool set_isa(int level);  // false if the machine does not have it
 
 // Picks a family's table: tables of the levels compiled in, baseline first.

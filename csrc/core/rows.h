@@ -33,17 +33,34 @@ SH_INLINE char* row_of(const Rows& rows, int64_t r) {
 template <class F>
 SH_INLINE void with_type(Dtype dtype, char* row, F f) {
   switch (dtype) {
-    case Dtype::f32: return f(reinterpret_cast<float*>(row));
-    case Dtype::bf16: return f(reinterpret_cast<Bf16*>(row));
-    case Dtype::fp16: return f(reinterpret_cast<Fp16*>(row));
-    case Dtype::f64: return f(reinterpret_cast<double*>(row));
+    case Dtype::f32:
+      return f(reinterpret_cast<float*>(row));
+    case Dtype::bf16:
+      return f(reinterpret_cast<Bf16*>(row));
+    case Dtype::fp16:
+      return f(reinterpret_cast<Fp16*>(row));
+    case Dtype::f64:
+      return f(reinterpret_cast<double*>(row));
   }
 }
 
-template <class T> struct DtypeOf;
-template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::f32; };
-template <> struct DtypeOf<double> { static constexpr Dtype value = Dtype::f64; };
-template <> struct DtypeOf<Bf16> { static constexpr Dtype value = Dtype::bf16; };
-template <> struct DtypeOf<Fp16> { static constexpr Dtype value = Dtype::fp16; };
+template <class T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr Dtype value = Dtype::f32;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr Dtype value = Dtype::f64;
+};
+template <>
+struct DtypeOf<Bf16> {
+  static constexpr Dtype value = Dtype::bf16;
+};
+template <>
+struct DtypeOf<Fp16> {
+  static constexpr Dtype value = Dtype::fp16;
+};
 
 }  // namespace stillhouse

@@ -22,8 +22,8 @@ namespace {
 
 template <class Real>
 struct Workspace {
-  Real *q, *p;                      // [vocab] exponentials, then q and h; null on the streaming path
-  Real *q_shift, *p_shift;          // [blocks] powers of two that a block's are relative to
+  Real *q, *p;              // [vocab] exponentials, then q and h; null on the streaming path
+  Real *q_shift, *p_shift;  // [blocks] powers of two that a block's are relative to
   Real *student, *teacher, *student_e, *teacher_e, *gradient;  // [kBlock] each
 };
 
@@ -175,14 +175,15 @@ struct DivergenceRow {
 
   // next: a later row whose memory is touched meanwhile; r itself if there is none.
   DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, Workspace<Real> w)
-      : problem(problem), w(w), student(problem.student, r, problem.vocab),
+      : problem(problem),
+        w(w),
+        student(problem.student, r, problem.vocab),
         teacher(problem.teacher, r, problem.vocab) {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
     // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
     const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
     const char* next_student = row_of(problem.student.rows, next);
-    z_lse = exponentials(student, w.student, w.q, w.q_shift, w.student_e,
-                         {next_student, line / 2});
+    z_lse = exponentials(student, w.student, w.q, w.q_shift, w.student_e, {next_student, line / 2});
     t_lse = exponentials(teacher, w.teacher, w.p, w.p_shift, w.teacher_e,
                          {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
@@ -199,16 +200,27 @@ struct DivergenceRow {
   bool plain(int64_t start) const {
     constexpr Dtype dtype = DtypeOf<T>::value;
     return student.dtype == dtype && teacher.dtype == dtype && student.plain(start) &&
-           teacher.plain(start) && (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
+           teacher.plain(start) &&
+           (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
   }
 
   template <class In>
   Block<In, Real> block(int64_t start, const In* z, const In* t) const {
     const Real difference = Real(t_lse - z_lse);
-    Block<In, Real> b{padded(student.columns(start)), z, t, student.gain, teacher.gain,
-                      student.gain / teacher.gain, difference,
-                      Real((t_lse - z_lse) - double(difference)), Real(z_lse), Real(t_lse),
-                      w.student_e, w.teacher_e, 1, 1};
+    Block<In, Real> b{padded(student.columns(start)),
+                      z,
+                      t,
+                      student.gain,
+                      teacher.gain,
+                      student.gain / teacher.gain,
+                      difference,
+                      Real((t_lse - z_lse) - double(difference)),
+                      Real(z_lse),
+                      Real(t_lse),
+                      w.student_e,
+                      w.teacher_e,
+                      1,
+                      1};
     const double z_lse2 = student.in_powers_of_two(z_lse), t_lse2 = teacher.in_powers_of_two(t_lse);
     Real z_shift = Real(z_lse2), t_shift = Real(t_lse2);
     if (w.q != nullptr) {
@@ -297,8 +309,12 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next, Works
                          Real(problem.label_weight) * row.label.value;
   }
   if (problem.stats != nullptr) {
-    const Real values[kStats] = {Real(sums.acceptance), agreement, Real(sums.student_entropy),
-                                 Real(sums.teacher_entropy), Real(row.z_lse), Real(row.t_lse),
+    const Real values[kStats] = {Real(sums.acceptance),
+                                 agreement,
+                                 Real(sums.student_entropy),
+                                 Real(sums.teacher_entropy),
+                                 Real(row.z_lse),
+                                 Real(row.t_lse),
                                  Real(sums.below)};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
@@ -308,7 +324,8 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next, Works
 template <class Real>
 void label_row(const Problem<Real>& problem, int64_t r, Workspace<Real> w) {
   const Source<Real> student(problem.student, r, problem.vocab);
-  const double lse = exponentials<Real>(student, w.student, nullptr, nullptr, w.student_e, {student.row, 0});
+  const double lse =
+      exponentials<Real>(student, w.student, nullptr, nullptr, w.student_e, {student.row, 0});
   LabelTerm<Real> label(problem, problem.labels[r], student, lse, w);
   if (problem.value != nullptr) problem.value[r] = label.value;
   if (problem.gradient.data == nullptr) return;
@@ -327,7 +344,8 @@ void zero(char* row, int64_t from, int64_t to, int64_t size) {
 
 template <class Real>
 void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
-  Real* next = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+  Real* next =
+      reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
   const auto take = [&next](int64_t n) {
     Real* taken = next;
     next += n;
@@ -365,9 +383,9 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
       case kCrossEntropy:
         label_row(problem, r, w);
         break;
-#define SH_CASE(number, Kind)                            \
-  case number:                                           \
-    divergence_row<Kind, Real>(problem, r, next, w);     \
+#define SH_CASE(number, Kind)                        \
+  case number:                                       \
+    divergence_row<Kind, Real>(problem, r, next, w); \
     break;
         SH_DIVERGENCE_KINDS(SH_CASE)
 #undef SH_CASE

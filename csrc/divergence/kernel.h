@@ -10,7 +10,7 @@ namespace stillhouse {
 
 constexpr int kStats = 7;
 constexpr int64_t kBlock = 2048;  // elements widened and worked on at a time; two buffers fit in L1
-constexpr int64_t kLanes = 32;     // blocks are padded with -inf to a multiple of this
+constexpr int64_t kLanes = 32;    // blocks are padded with -inf to a multiple of this
 
 struct Logits {
   Rows rows;
@@ -24,16 +24,16 @@ struct Problem {
   int64_t width;            // columns of the student
   int32_t kind;
   KindParams<Real> params;
-  const Real* weight;        // [N] or null: the gradient is weight * dD/du; weight 0 = row not read
-  const bool* mask;          // [N] or null: false = row not read
-  const int64_t* labels;     // [N] or null; -100 = no label
-  double label_weight;       // row loss = (1 - label_weight) D + label_weight CE
+  const Real* weight;     // [N] or null: the gradient is weight * dD/du; weight 0 = row not read
+  const bool* mask;       // [N] or null: false = row not read
+  const int64_t* labels;  // [N] or null; -100 = no label
+  double label_weight;    // row loss = (1 - label_weight) D + label_weight CE
   double label_smoothing, label_temperature;
-  Real* value;               // [N] or null
-  Real* stats;               // [kStats, N] or null
-  Rows gradient;             // data null: no gradient; may be the student's own rows
+  Real* value;    // [N] or null
+  Real* stats;    // [kStats, N] or null
+  Rows gradient;  // data null: no gradient; may be the student's own rows
   int64_t rows;
-  int64_t resident_limit;    // rows of more columns take the streaming path
+  int64_t resident_limit;  // rows of more columns take the streaming path
 };
 
 // Bytes of scratch a thread needs.

@@ -22,9 +22,9 @@ constexpr int kSeriesTerms = 5;
 
 template <class Real>
 struct Element {
-  Real lq, lp;   // log-probabilities, -inf where the logit is -inf
-  Real q, p;     // probabilities
-  Real delta;    // lp - lq; NaN where both are -inf
+  Real lq, lp;  // log-probabilities, -inf where the logit is -inf
+  Real q, p;    // probabilities
+  Real delta;   // lp - lq; NaN where both are -inf
 };
 
 template <class Real>

@@ -16,10 +16,16 @@
 #include "series.h"
 
 namespace stillhouse {
-namespace baseline { extern const DivergenceKernels divergence_kernels; }
+namespace baseline {
+extern const DivergenceKernels divergence_kernels;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const DivergenceKernels divergence_kernels; }
-namespace avx512 { extern const DivergenceKernels divergence_kernels; }
+namespace avx2 {
+extern const DivergenceKernels divergence_kernels;
+}
+namespace avx512 {
+extern const DivergenceKernels divergence_kernels;
+}
 #endif
 
 namespace {
@@ -32,33 +38,50 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kResidentLimit = 1 << 18;
 
 // The order in which Python packs `numbers`.
-enum Number { kTemperature, kTeacherTemperature, kScale, kTeacherScale, kCap, kTeacherCap, kLabelWeight,
-              kLabelSmoothing, kParameter, kNumbers };
+enum Number {
+  kTemperature,
+  kTeacherTemperature,
+  kScale,
+  kTeacherScale,
+  kCap,
+  kTeacherCap,
+  kLabelWeight,
+  kLabelSmoothing,
+  kParameter,
+  kNumbers
+};
 
 const DivergenceKernels& kernels() {
 #if defined(__x86_64__)
   static const DivergenceKernels* const tables[3] = {
       &baseline::divergence_kernels, &avx2::divergence_kernels, &avx512::divergence_kernels};
 #else
-  static const DivergenceKernels* const tables[3] = {&baseline::divergence_kernels, nullptr, nullptr};
+  static const DivergenceKernels* const tables[3] = {&baseline::divergence_kernels, nullptr,
+                                                     nullptr};
 #endif
   return by_isa(tables);
 }
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    case ScalarType::Double: return Dtype::f64;
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::fp16;
+    case ScalarType::Double:
+      return Dtype::f64;
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
   }
 }
 
 Rows rows_of(const Tensor& x) {
   const int64_t item = element_size(dtype_of(x));
   Rows rows{static_cast<char*>(x.data_ptr()), dtype_of(x), int32_t(x.dim()) - 1, {}, {}};
-  STD_TORCH_CHECK(x.dim() >= 1 && rows.leading <= kMaxLeading, "logits must have 1 to 9 dimensions");
+  STD_TORCH_CHECK(x.dim() >= 1 && rows.leading <= kMaxLeading,
+                  "logits must have 1 to 9 dimensions");
   for (int i = 0; i < rows.leading; ++i) {
     rows.size[i] = x.size(i);
     rows.stride[i] = x.stride(i) * item;
@@ -80,7 +103,8 @@ int64_t count_rows(const Tensor& x) {
 // Page faults of a fresh gradient cost as much as the kernel; huge pages make them 512 times fewer.
 void advise_huge_pages(const Tensor& x, int64_t bytes) {
   constexpr uintptr_t kHugePage = 1 << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + bytes) & ~(kHugePage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
@@ -105,8 +129,12 @@ void* thread_scratch(int64_t bytes) {
   return buffer.data.get();
 }
 
-void run(const Problem<float>& p, int64_t lo, int64_t hi, void* scratch) { kernels().f32(p, lo, hi, scratch); }
-void run(const Problem<double>& p, int64_t lo, int64_t hi, void* scratch) { kernels().f64(p, lo, hi, scratch); }
+void run(const Problem<float>& p, int64_t lo, int64_t hi, void* scratch) {
+  kernels().f32(p, lo, hi, scratch);
+}
+void run(const Problem<double>& p, int64_t lo, int64_t hi, void* scratch) {
+  kernels().f64(p, lo, hi, scratch);
+}
 
 struct Arguments {
   const Tensor& student;
@@ -134,8 +162,9 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
     hold.push_back(with_contiguous_rows(*a.teacher));
     p.teacher = {rows_of(hold.back()), numbers[kTeacherScale], numbers[kTeacherCap],
                  numbers[kTeacherTemperature]};
-    STD_TORCH_CHECK(count_rows(*a.teacher) == p.rows && p.vocab <= a.teacher->size(a.teacher->dim() - 1),
-                    "teacher has fewer rows or columns than the student");
+    STD_TORCH_CHECK(
+        count_rows(*a.teacher) == p.rows && p.vocab <= a.teacher->size(a.teacher->dim() - 1),
+        "teacher has fewer rows or columns than the student");
   }
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");
@@ -162,9 +191,10 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
 template <class Real>
 const Real* row_numbers(const Tensor& x, int64_t rows, std::vector<Tensor>& hold) {
   hold.push_back(torch::stable::contiguous(x));
-  STD_TORCH_CHECK(hold.back().numel() == rows &&
-                      hold.back().scalar_type() == (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
-                  "weight must have one number a row, of the result's dtype");
+  STD_TORCH_CHECK(
+      hold.back().numel() == rows &&
+          hold.back().scalar_type() == (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
+      "weight must have one number a row, of the result's dtype");
   return static_cast<const Real*>(hold.back().const_data_ptr());
 }
 
@@ -215,8 +245,8 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a, const MaybeTensor& mask, 
 
 // value and stats are written only where wanted; gradient may be the student itself.
 template <class Real>
-std::tuple<Tensor, Tensor> with_gradient(const Arguments& a, const Tensor& weight, const Tensor& gradient,
-                                         bool want_stats) {
+std::tuple<Tensor, Tensor> with_gradient(const Arguments& a, const Tensor& weight,
+                                         const Tensor& gradient, bool want_stats) {
   std::vector<Tensor> hold;
   Problem<Real> p = make_problem<Real>(a, hold);
   p.weight = row_numbers<Real>(weight, p.rows, hold);
@@ -238,44 +268,50 @@ bool in_double(const Arguments& a) {
          (a.teacher && a.teacher->scalar_type() == ScalarType::Double);
 }
 
-std::tuple<Tensor, Tensor> dispatch_gradient(const Arguments& a, const Tensor& weight, const Tensor& gradient,
-                                             bool want_stats) {
+std::tuple<Tensor, Tensor> dispatch_gradient(const Arguments& a, const Tensor& weight,
+                                             const Tensor& gradient, bool want_stats) {
   return in_double(a) ? with_gradient<double>(a, weight, gradient, want_stats)
                       : with_gradient<float>(a, weight, gradient, want_stats);
 }
 
-std::tuple<Tensor, Tensor> divergence(const Tensor& student, const MaybeTensor& teacher, const Tensor& numbers,
-                                      const MaybeTensor& mask, const MaybeTensor& labels, int64_t kind,
-                                      int64_t vocab, bool want_stats, int64_t resident_limit) {
+std::tuple<Tensor, Tensor> divergence(const Tensor& student, const MaybeTensor& teacher,
+                                      const Tensor& numbers, const MaybeTensor& mask,
+                                      const MaybeTensor& labels, int64_t kind, int64_t vocab,
+                                      bool want_stats, int64_t resident_limit) {
   const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit};
   return in_double(a) ? forward<double>(a, mask, want_stats) : forward<float>(a, mask, want_stats);
 }
 
 Tensor divergence_gradient(const Tensor& student, const MaybeTensor& teacher, const Tensor& numbers,
-                           const Tensor& weight, const MaybeTensor& labels, int64_t kind, int64_t vocab,
-                           int64_t resident_limit) {
+                           const Tensor& weight, const MaybeTensor& labels, int64_t kind,
+                           int64_t vocab, int64_t resident_limit) {
   Tensor gradient = fresh_gradient(student);
-  dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight, gradient, false);
+  dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
+                    gradient, false);
   return gradient;
 }
 
-std::tuple<Tensor, Tensor, Tensor> divergence_loss(const Tensor& student, const MaybeTensor& teacher,
+std::tuple<Tensor, Tensor, Tensor> divergence_loss(const Tensor& student,
+                                                   const MaybeTensor& teacher,
                                                    const Tensor& numbers, const Tensor& weight,
-                                                   const MaybeTensor& labels, int64_t kind, int64_t vocab,
-                                                   bool want_stats, int64_t resident_limit) {
+                                                   const MaybeTensor& labels, int64_t kind,
+                                                   int64_t vocab, bool want_stats,
+                                                   int64_t resident_limit) {
   Tensor gradient = fresh_gradient(student);
-  auto [loss, stats] = dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit},
-                                         weight, gradient, want_stats);
+  auto [loss, stats] =
+      dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
+                        gradient, want_stats);
   return {loss, stats, gradient};
 }
 
-std::tuple<Tensor, Tensor> divergence_loss_(Tensor student, const MaybeTensor& teacher, const Tensor& numbers,
-                                            const Tensor& weight, const MaybeTensor& labels, int64_t kind,
-                                            int64_t vocab, bool want_stats, int64_t resident_limit) {
+std::tuple<Tensor, Tensor> divergence_loss_(Tensor student, const MaybeTensor& teacher,
+                                            const Tensor& numbers, const Tensor& weight,
+                                            const MaybeTensor& labels, int64_t kind, int64_t vocab,
+                                            bool want_stats, int64_t resident_limit) {
   STD_TORCH_CHECK(student.size(student.dim() - 1) <= 1 || student.stride(student.dim() - 1) == 1,
                   "an in-place gradient needs student logits whose last dimension is contiguous");
-  return dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight, student,
-                           want_stats);
+  return dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
+                           student, want_stats);
 }
 
 void scale_(Tensor gradient, const Tensor& upstream) {
@@ -285,9 +321,9 @@ void scale_(Tensor gradient, const Tensor& upstream) {
   if (factor == 1) return;
   const Rows rows = rows_of(gradient);
   const int64_t width = gradient.size(gradient.dim() - 1);
-  torch::stable::parallel_for(0, count_rows(gradient), 1 + 16384 / (width + 1), [&](int64_t lo, int64_t hi) {
-    kernels().scale(rows, width, factor, lo, hi);
-  });
+  torch::stable::parallel_for(
+      0, count_rows(gradient), 1 + 16384 / (width + 1),
+      [&](int64_t lo, int64_t hi) { kernels().scale(rows, width, factor, lo, hi); });
 }
 
 }  // namespace

@@ -15,9 +15,12 @@ struct Source {
   Real weight = 1, own_gain = 1;
 
   Source(const Logits& logits, int64_t r, int64_t vocab)
-      : row(row_of(logits.rows, r)), dtype(logits.rows.dtype), vocab(vocab),
+      : row(row_of(logits.rows, r)),
+        dtype(logits.rows.dtype),
+        vocab(vocab),
         gain(Real((logits.cap > 0 ? 1.0 : logits.scale) / logits.temperature)),
-        scale(Real(logits.scale)), cap(Real(logits.cap)) {}
+        scale(Real(logits.scale)),
+        cap(Real(logits.cap)) {}
 
   // A weight of 0 or 1 is one side alone: 0 * -inf must not make a NaN, and the target at t = 0 is
   // the student to the last bit.
@@ -171,7 +174,7 @@ float block_exp(int64_t n, const In* x, float gain2, float shift2, float* e, Pre
 
 template <class Real>
 Real source_exp(const Source<Real>& source, int64_t start, Real shift2, Real* buffer, Real* e,
-                          Prefetch touch) {
+                Prefetch touch) {
   const int64_t n = padded(source.columns(start));
   const Real gain2 = source.gain2();
   if constexpr (sizeof(Real) == 4) {

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
-import typer
+from stillhouse.errors import UsageError, exit_code
 
-from stillhouse.errors import exit_code
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("stillhouse: error: the command line needs typer: pip install 'stillhouse[cli]'")
 
 app = typer.Typer(
     name="stillhouse",
@@ -17,13 +20,16 @@ app = typer.Typer(
 )
 
 
-# Flags are those of two dataclasses, so everything is handed on; --help included.
+# For subcommands with a parser of their own: everything is handed on, --help included.
+HANDED_ON = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
+    context_settings=HANDED_ON,
     help="Distil a language model: --teacher, --student, --data, --method, all training arguments.",
 )
 def distill(context: typer.Context) -> None:
@@ -46,7 +52,6 @@ def run(
     everything: bool = typer.Option(False, "--all", help="every method; rewrites docs/claims.md"),
     debug: bool = typer.Option(False, help="show the traceback of an error"),
 ) -> None:
-    from stillhouse.errors import UsageError
     from stillhouse.recipes import runner
 
     def action() -> None:
@@ -58,6 +63,25 @@ def run(
             runner.run(id, seeds)
 
     raise typer.Exit(exit_code(action, traceback_wanted=debug))
+
+
+@app.command(
+    context_settings=HANDED_ON,
+    help="Measure our ops beside plain torch, torch.compile and peers, from a source tree.",
+)
+def bench(context: typer.Context) -> None:
+    def action() -> int:
+        try:
+            # The driver stands beside the package, in the source tree the command is run from.
+            sys.path.insert(0, "")
+            from bench import driver
+        except ModuleNotFoundError as error:
+            if error.name != "bench":
+                raise
+            raise UsageError("no bench folder here: run it in a clone of the repository") from error
+        return driver.main(context.args)
+
+    raise typer.Exit(exit_code(action))
 
 
 def main() -> None:

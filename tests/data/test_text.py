@@ -42,7 +42,7 @@ def test_tables(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-    "name, content, error, message",
+    ("name", "content", "error", "message"),
     [
         ("nowhere", None, FileNotFoundError, "no data at"),
         ("empty.txt", b"", ValueError, "is empty"),
@@ -88,7 +88,8 @@ def test_holdout_is_by_content():
 def test_equal_documents_stay_together():
     records = [{"text": f"document {number % 10}"} for number in range(40)]
     training, held = holdout(records, 0.3)
-    assert held and not {number % 10 for number in training} & {number % 10 for number in held}
+    assert held
+    assert not {number % 10 for number in training} & {number % 10 for number in held}
 
 
 def test_documents_larger_than_the_share():

@@ -25,7 +25,12 @@ KINDS = [
 ]
 WIDTHS = [1, 2, 7, 31, 49, 123, 252, 507, 1000, 2048, 2049, 5003]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-GRADIENT_ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-12}
+GRADIENT_ROUNDING = {
+    torch.float32: 3e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 1e-3,
+    torch.float64: 1e-12,
+}
 
 
 @pytest.fixture(params=LEVELS, ids=lambda n: f"level{n}")
@@ -56,7 +61,14 @@ def compare(student, teacher, kind, mask=None, **arguments):
     (gradient,) = torch.autograd.grad(value, student, upstream)
 
     exact = student.detach().double().requires_grad_()
-    names = ("temperature", "teacher_temperature", "vocab_size", "logit_softcap", "logit_scale", "labels")
+    names = (
+        "temperature",
+        "teacher_temperature",
+        "vocab_size",
+        "logit_softcap",
+        "logit_scale",
+        "labels",
+    )
     defaults = {"temperature": 1.0, "logit_scale": 1.0}
     call = module._check(
         exact,
@@ -77,7 +89,7 @@ def compare(student, teacher, kind, mask=None, **arguments):
     assert gradient.dtype == student.dtype
     assert gradient.shape == student.shape
     error = (gradient.double() - expected_gradient).abs().amax().item()
-    # Where q - p cancels: 2.5 units in the last place of a probability of 1, and float16's own last.
+    # Where q - p cancels: 2.5 last places of a probability of 1, and float16's own last place.
     absolute = 3e-7 * upstream.max().item() + (6e-8 if student.dtype == torch.float16 else 0)
     assert error <= rounding * largest + absolute, (error, largest)
     if stats is not None:
@@ -190,7 +202,9 @@ def test_cross_entropy(dtype, smoothing, level, path):
         labels = torch.randint(0, width, (4,))
         labels[2] = -100
         compare(logits(4, width, dtype), None, kind, labels=labels, temperature=1.5)
-    compare(logits(4, 300, dtype), None, kind, labels=labels % 200, vocab_size=200, logit_softcap=3.0)
+    compare(
+        logits(4, 300, dtype), None, kind, labels=labels % 200, vocab_size=200, logit_softcap=3.0
+    )
 
 
 @pytest.mark.parametrize("width", [151_936, 262_144])

@@ -5,7 +5,14 @@ import torch
 
 from stillhouse import ops
 
-KINDS = [ops.ForwardKL(), ops.ReverseKL(), ops.JSD(0.3), ops.SkewKL(), ops.SkewReverseKL(), ops.TVD()]
+KINDS = [
+    ops.ForwardKL(),
+    ops.ReverseKL(),
+    ops.JSD(0.3),
+    ops.SkewKL(),
+    ops.SkewReverseKL(),
+    ops.TVD(),
+]
 
 
 def grad(z, t, kind, **arguments):
@@ -55,17 +62,25 @@ def test_columns_may_be_permuted(kind):
 @pytest.mark.parametrize("kind", [ops.JSD(0.5), ops.TVD()], ids=repr)
 def test_symmetric_kinds(kind):
     z, t = torch.randn(3, 999), torch.randn(3, 999)
-    torch.testing.assert_close(ops.divergence(z, t, kind), ops.divergence(t, z, kind), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(
+        ops.divergence(z, t, kind), ops.divergence(t, z, kind), rtol=2e-6, atol=1e-7
+    )
 
 
 def test_jsd_tends_to_the_kls():
     z, t = torch.randn(3, 99, dtype=torch.float64), torch.randn(3, 99, dtype=torch.float64)
     beta = 1e-7
     torch.testing.assert_close(
-        ops.divergence(z, t, ops.JSD(beta)) / beta, ops.divergence(z, t, "forward_kl"), rtol=1e-4, atol=0
+        ops.divergence(z, t, ops.JSD(beta)) / beta,
+        ops.divergence(z, t, "forward_kl"),
+        rtol=1e-4,
+        atol=0,
     )
     torch.testing.assert_close(
-        ops.divergence(z, t, ops.JSD(1 - beta)) / beta, ops.divergence(z, t, "reverse_kl"), rtol=1e-4, atol=0
+        ops.divergence(z, t, ops.JSD(1 - beta)) / beta,
+        ops.divergence(z, t, "reverse_kl"),
+        rtol=1e-4,
+        atol=0,
     )
 
 
@@ -118,4 +133,7 @@ def test_student_below_and_agreement():
     torch.testing.assert_close(stats.student_below, torch.where(q < p, q, 0).sum(-1))
     assert torch.equal(stats.agreement, (q.argmax(-1) == p.argmax(-1)).double())
     tied = torch.tensor([[1.0, 2.0, 2.0]])
-    assert ops.divergence(tied, torch.tensor([[1.0, 5.0, 2.0]]), return_stats=True)[1].agreement.item() == 1
+    assert (
+        ops.divergence(tied, torch.tensor([[1.0, 5.0, 2.0]]), return_stats=True)[1].agreement.item()
+        == 1
+    )

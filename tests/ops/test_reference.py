@@ -1,4 +1,4 @@
-"""The plain reference and the kernels against the definitions, published values and torch's own ops."""
+"""The plain reference and the kernels against definitions, published values and torch's ops."""
 
 import importlib
 import math
@@ -21,7 +21,9 @@ def probabilities(logits, temperature=1.0):
 
 def _plogr(p, r):
     """p log(p / r) with 0 log 0 = 0."""
-    return torch.where(p > 0, p * (torch.where(p > 0, p, 1).log() - torch.where(p > 0, r, 1).log()), 0)
+    return torch.where(
+        p > 0, p * (torch.where(p > 0, p, 1).log() - torch.where(p > 0, r, 1).log()), 0
+    )
 
 
 def kl(p, q):
@@ -91,8 +93,12 @@ def test_stats_of_taid_compare_with_its_target():
     z, t = Q.log(), P.log()
     _, stats = ops.divergence(z, t, ops.TAID(0.4), return_stats=True)
     target = torch.softmax(0.6 * z + 0.4 * t, -1)
-    assert stats.teacher_entropy.item() == pytest.approx(-(target * target.log()).sum().item(), abs=1e-12)
-    assert stats.acceptance.item() == pytest.approx(torch.minimum(target, Q).sum().item(), abs=1e-12)
+    assert stats.teacher_entropy.item() == pytest.approx(
+        -(target * target.log()).sum().item(), abs=1e-12
+    )
+    assert stats.acceptance.item() == pytest.approx(
+        torch.minimum(target, Q).sum().item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -140,7 +146,9 @@ def test_teacher_gradient_by_the_definition(name):
     value = ops.divergence(z, t, name, **arguments)
     upstream = torch.rand(4, dtype=torch.float64)
     for got, want in zip(
-        torch.autograd.grad(value, (z, t), upstream), torch.autograd.grad(expected, (z, t), upstream), strict=True
+        torch.autograd.grad(value, (z, t), upstream),
+        torch.autograd.grad(expected, (z, t), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -151,7 +159,9 @@ def test_teacher_gradient_of_a_skewed_jsd_and_of_a_padded_teacher():
     value = ops.divergence(z, t, ops.JSD(0.2), vocab_size=20)
     expected = DEFINITIONS["jsd"](probabilities(t[:, :20]), probabilities(z[:, :20]), 0.2)
     for got, want in zip(
-        torch.autograd.grad(value.sum(), (z, t)), torch.autograd.grad(expected.sum(), (z, t)), strict=True
+        torch.autograd.grad(value.sum(), (z, t)),
+        torch.autograd.grad(expected.sum(), (z, t)),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -160,7 +170,9 @@ def test_teacher_gradient_of_a_skewed_jsd_and_of_a_padded_teacher():
 def test_gradients_by_finite_differences(kind):
     z = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
     t = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, t: ops.divergence(z, t, kind, temperature=2.5), (z, t))
+    assert torch.autograd.gradcheck(
+        lambda z, t: ops.divergence(z, t, kind, temperature=2.5), (z, t)
+    )
 
 
 def test_softcap_and_scale_gradients_by_finite_differences():
@@ -168,7 +180,9 @@ def test_softcap_and_scale_gradients_by_finite_differences():
     t = (torch.randn(3, 17, dtype=torch.float64) * 4).requires_grad_()
     for kind in (ops.ForwardKL(), ops.JSD(0.3)):
         assert torch.autograd.gradcheck(
-            lambda z, t, kind=kind: ops.divergence(z, t, kind, logit_softcap=(3.0, 5.0), logit_scale=(0.7, 1.4)),
+            lambda z, t, kind=kind: ops.divergence(
+                z, t, kind, logit_softcap=(3.0, 5.0), logit_scale=(0.7, 1.4)
+            ),
             (z, t),
         )
 
@@ -189,15 +203,23 @@ def test_cross_entropy_is_torch_s(smoothing):
 
 def test_forward_kl_is_torch_s():
     z, t = torch.randn(6, 1000), torch.randn(6, 1000)
-    expected = F.kl_div(z.double().log_softmax(-1), t.double().log_softmax(-1), log_target=True, reduction="none")
-    torch.testing.assert_close(ops.divergence(z, t).double(), expected.sum(-1), rtol=2e-6, atol=1e-7)
+    expected = F.kl_div(
+        z.double().log_softmax(-1), t.double().log_softmax(-1), log_target=True, reduction="none"
+    )
+    torch.testing.assert_close(
+        ops.divergence(z, t).double(), expected.sum(-1), rtol=2e-6, atol=1e-7
+    )
 
 
 def test_a_tiny_kl_is_right():
     """KL of about 5e-7 between rows of 131,072 columns: one part in a thousand."""
     z = torch.randn(4, 131_072) * 3
     t = z + 1e-3 * torch.randn_like(z)
-    for kind, definition in (("forward_kl", "forward_kl"), ("reverse_kl", "reverse_kl"), ("jsd", "jsd")):
+    for kind, definition in (
+        ("forward_kl", "forward_kl"),
+        ("reverse_kl", "reverse_kl"),
+        ("jsd", "jsd"),
+    ):
         expected = DEFINITIONS[definition](probabilities(t), probabilities(z))
         assert (expected < 1e-6).all()
         for level in range(ops.cpu_level() + 1):

@@ -38,10 +38,11 @@ def test_what_is_complete(tmp_path):
     short, missing = make(tmp_path, 11), make(tmp_path, 12)
     (short / "model.bin").write_bytes(b"123")
     (missing / "part" / "optimizer.bin").unlink()
-    assert not is_complete(short) and not is_complete(missing)
+    assert not is_complete(short)
+    assert not is_complete(missing)
     (make(tmp_path, 13) / "complete").write_text("{")
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in checkpoints(tmp_path)][0] == "checkpoint-9"
+    assert next(path.name for path in checkpoints(tmp_path)) == "checkpoint-9"
     assert newest_complete(tmp_path) == whole
     gone = remove_torn(tmp_path)
     assert [path.name for path in gone] == [f"checkpoint-{step}" for step in (10, 11, 12, 13)]
@@ -143,10 +144,12 @@ def test_killed_six_times(command, tmp_path):
         kill_after(process, steps=moments.randint(1, 7), pause=moments.random() * 0.05)
     last = command("disturbed", "--resume")
     output = last.stdout.read()
-    assert last.wait() == 0 and "continuing from" in output
+    assert last.wait() == 0
+    assert "continuing from" in output
 
     peaceful = command("peaceful")
-    assert "continuing" not in peaceful.stdout.read() and peaceful.wait() == 0
+    assert "continuing" not in peaceful.stdout.read()
+    assert peaceful.wait() == 0
     ours = load_file(disturbed / "student" / "model.safetensors")
     theirs = load_file(tmp_path / "peaceful" / "student" / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -156,6 +159,7 @@ def test_killed_six_times(command, tmp_path):
         for name in ("disturbed", "peaceful")
     ]
     assert states[0]["objective"] == states[1]["objective"]
-    assert states[0]["objective"]["t"] == 1 and states[0]["tokens"] == states[1]["tokens"]
+    assert states[0]["objective"]["t"] == 1
+    assert states[0]["tokens"] == states[1]["tokens"]
     # Only the last one is kept, nothing torn is left.
     assert [path.name for path in checkpoints(disturbed)] == [f"checkpoint-{STEPS}"]

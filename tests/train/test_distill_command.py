@@ -64,22 +64,28 @@ def test_from_flags_to_report(world, capsys):
     assert all(value > 1 for value in report["perplexity"].values())
     assert report["tokens"]["student"] == report["tokens"]["control"] > 0
     assert report["steps"]["student"] == report["steps"]["control"] == 4
-    assert 0 < report["acceptance"] < 1 and report["kl_to_teacher"] > 0
+    assert 0 < report["acceptance"] < 1
+    assert report["kl_to_teacher"] > 0
     seconds = report["seconds"]
     assert {"teacher", "student", "loss", "total"} <= set(seconds)
     assert report["tokens_per_second"] == pytest.approx(
         report["tokens"]["student"] / seconds["total"], rel=1e-6
     )
-    assert report["configuration"]["method"] == "taid" and report["versions"]["torch"]
+    assert report["configuration"]["method"] == "taid"
+    assert report["versions"]["torch"]
     assert report["configuration"]["training"]["learning_rate"] == 0.01
-    assert len(report["generations"]) == 2 and report["load"] in output
+    assert len(report["generations"]) == 2
+    assert report["load"] in output
     assert (world / "run" / "loss.png").stat().st_size > 1000
-    assert "tokens/s" in output and "left" in output and "eval_perplexity" in output
+    assert "tokens/s" in output
+    assert "left" in output
+    assert "eval_perplexity" in output
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     student = AutoModelForCausalLM.from_pretrained(world / "run" / "student")
-    assert student.config.num_hidden_layers == 2 and student.dtype == torch.float32
+    assert student.config.num_hidden_layers == 2
+    assert student.dtype == torch.float32
     AutoTokenizer.from_pretrained(world / "run" / "student")
 
 
@@ -103,7 +109,8 @@ def test_other_ways(world, changes):
     assert report.values["perplexity"]["student"] > 1
     assert (world / "run" / "student" / "model.safetensors").exists()
     merged = (world / "run" / "student" / "config.json").exists()
-    assert merged and not (world / "run" / "student" / "adapter_config.json").exists()
+    assert merged
+    assert not (world / "run" / "student" / "adapter_config.json").exists()
 
 
 def test_nothing_is_overwritten_unasked(world, capsys):
@@ -117,7 +124,7 @@ def test_nothing_is_overwritten_unasked(world, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    ("changes", "error", "message"),
     [
         (dict(teacher="missing.gguf"), FileNotFoundError, "no GGUF file at .*missing.gguf"),
         (dict(teacher="fake.gguf"), ValueError, "fake.gguf is not a GGUF file"),
@@ -157,7 +164,7 @@ def test_nothing_is_overwritten_unasked(world, capsys):
 )
 def test_wrong_input(world, capsys, changes, error, message):
     for name, value in changes.items():
-        if (world / str(value)).exists() or name in ("teacher", "data") and value:
+        if (world / str(value)).exists() or (name in ("teacher", "data") and value):
             changes = changes | {name: world / value}
     flags = words(world, **changes)
     with pytest.raises(error, match=message):
@@ -166,13 +173,15 @@ def test_wrong_input(world, capsys, changes, error, message):
     # From the command line: one line, an exit code, no traceback.
     status = job.main([*flags, "--overwrite"] if "learning_rate" in changes else flags)
     lines = [line for line in capsys.readouterr().err.splitlines() if "stillhouse: error" in line]
-    assert status in (1, 2) and len(lines) == 1
+    assert status in (1, 2)
+    assert len(lines) == 1
 
 
 def test_a_traceback_on_request(world, capsys):
     assert job.main([*words(world, data="nowhere"), "--debug"]) == 1
     error = capsys.readouterr().err
-    assert "Traceback" in error and "no data at" in error
+    assert "Traceback" in error
+    assert "no data at" in error
 
 
 def test_flags_win_over_the_file(world):
@@ -185,7 +194,8 @@ def test_flags_win_over_the_file(world):
     ours, training = parse(["--config", str(config), "--max-steps", "9", "--student=s"])
     assert (ours.teacher, ours.student, ours.eval_data) == ("a", "s", None)
     assert ours.method_options == ["alpha=auto"]
-    assert training.max_steps == 9 and training.learning_rate == 1e-3
+    assert training.max_steps == 9
+    assert training.learning_rate == 1e-3
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
     # The options of the file's method do not go to another one.
     ours, _ = parse([f"--config={config}", "--method", "jsd"])
@@ -196,7 +206,7 @@ def test_flags_win_over_the_file(world):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
         ("stduent: b", "unknown option 'stduent'"),
         ("- a", "must map names to values"),
@@ -221,7 +231,8 @@ def test_the_file_is_missing(tmp_path):
 
 def test_the_demonstration_is_valid():
     ours, training = parse(["--config", str(job.DEMONSTRATION)])
-    assert ours.student == "layers:0,1,2,10,20,29" and ours.method == "taid"
+    assert ours.student == "layers:0,1,2,10,20,29"
+    assert ours.method == "taid"
     assert training.max_steps > 0
     job.build_objective(ours)
 
@@ -229,7 +240,10 @@ def test_the_demonstration_is_valid():
 def test_help(capsys):
     assert job.main(["--help"]) == 0
     short = capsys.readouterr().out
-    assert "--teacher_dtype" in short and "--help-all" in short and len(short.splitlines()) < 60
+    assert "--teacher_dtype" in short
+    assert "--help-all" in short
+    assert len(short.splitlines()) < 60
     assert job.main(["--help-all"]) == 0
     everything = capsys.readouterr().out
-    assert "--ddp_bucket_cap_mb" in everything and "--label_weight" in everything
+    assert "--ddp_bucket_cap_mb" in everything
+    assert "--label_weight" in everything

@@ -72,12 +72,14 @@ def test_text_is_packed_with_separators(tokenizer):
 
 
 def test_a_batch(batch):
-    assert batch["input_ids"].shape == (2, 12) and batch["record"].tolist() == [7, 11]
+    assert batch["input_ids"].shape == (2, 12)
+    assert batch["record"].tolist() == [7, 11]
     assert batch["attention_mask"].sum(1).tolist() == [12, 9]
     assert batch["input_ids"][1, 9:].tolist() == [257] * 3
     labels = batch["labels"]
     assert (labels != -100).sum(1).tolist() == [8, 8]
-    assert labels[0, :4].tolist() == [-100] * 4 and labels[1, 0] == -100
+    assert labels[0, :4].tolist() == [-100] * 4
+    assert labels[1, 0] == -100
     assert (labels[0, 4:] == batch["input_ids"][0, 4:]).all()
 
 

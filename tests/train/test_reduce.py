@@ -9,7 +9,7 @@ WEIGHT = torch.tensor([[1.0, 1.0, 2.0], [4.0, 9.0, 9.0]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    ("options", "expected"),
     [
         (dict(over="tokens"), 66 / 6),
         (dict(over="tokens", mask=MASK), 16 / 4),
@@ -56,7 +56,8 @@ def test_nothing_counts(over):
     losses = LOSSES.clone().requires_grad_()
     result = reduce(losses, torch.zeros_like(MASK), over=over)
     result.backward()
-    assert result.item() == 0 and losses.grad.abs().max() == 0
+    assert result.item() == 0
+    assert losses.grad.abs().max() == 0
 
 
 def test_wrong_arguments():

@@ -7,7 +7,8 @@ from stillhouse.nn.surgery import blocks, take_layers
 
 def test_blocks(llama):
     path, stack = blocks(llama(3))
-    assert path == "model.layers" and len(stack) == 3
+    assert path == "model.layers"
+    assert len(stack) == 3
     plain = nn.Sequential(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)]) for _ in range(2)]))
     assert blocks(plain)[0] == "0"
     with pytest.raises(ValueError, match="found none"):
@@ -30,7 +31,8 @@ def test_the_kept_blocks_are_the_old_ones(llama):
         )
     expected = model.lm_head(model.model.norm(hidden))
     torch.testing.assert_close(student(ids).logits, expected)
-    assert student.config.num_hidden_layers == 3 and model.config.num_hidden_layers == 5
+    assert student.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 5
     assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3, 4]
 
@@ -50,7 +52,8 @@ def test_the_identity_is_a_copy(llama):
 def test_repeated_blocks_are_separate(llama):
     student = take_layers(llama(2), [1, 1])
     first, second = (layer.mlp.up_proj.weight for layer in student.model.layers)
-    assert torch.equal(first, second) and first is not second
+    assert torch.equal(first, second)
+    assert first is not second
 
 
 def test_it_saves_and_generates(llama, tmp_path):

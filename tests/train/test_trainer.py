@@ -48,7 +48,7 @@ def test_the_first_loss_by_hand(llama, arguments, examples):
 
 @pytest.mark.parametrize("objective", ["forward_kl", "cross_entropy"])
 @pytest.mark.parametrize(
-    "changes, tolerance",
+    ("changes", "tolerance"),
     [
         (dict(per_device_train_batch_size=2, gradient_accumulation_steps=4), 1e-5),
         (dict(per_device_train_batch_size=8, gradient_checkpointing=True), 1e-6),
@@ -87,9 +87,7 @@ def test_taid_moves_once_a_step(llama, arguments, examples):
         steps.append((stats["loss"], step, total)),
         plain_update(stats, step, total),
     )
-    training = arguments(
-        max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
+    training = arguments(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     trainer = train(llama(), training, examples, objective, teacher=llama(3, seed=1))
     assert [step for _, *step in steps] == [[1, 4], [2, 4], [3, 4], [4, 4]]
     assert [loss for loss, *_ in steps] == pytest.approx(losses(trainer), rel=1e-6)
@@ -109,9 +107,7 @@ def test_parameters_of_the_objective_are_trained(llama, arguments, examples):
 
         def forward(self, student, teacher, batch):
             logits = student.logits * self.scale
-            total = torch.nn.functional.cross_entropy(
-                logits, student.index.target, reduction="sum"
-            )
+            total = torch.nn.functional.cross_entropy(logits, student.index.target, reduction="sum")
             return {"loss": total / batch["denominator"]}
 
     objective = Scaled()
@@ -121,7 +117,8 @@ def test_parameters_of_the_objective_are_trained(llama, arguments, examples):
     assert objective.scale.item() != 1
     assert objective.scale.grad is None  # zeroed after each step, not added up
     group = trainer.optimizer.param_groups[-1]
-    assert group["params"][0] is objective.scale and group["weight_decay"] == 0
+    assert group["params"][0] is objective.scale
+    assert group["weight_decay"] == 0
 
 
 def test_evaluation_by_hand(llama, arguments, examples):
@@ -159,7 +156,8 @@ def test_evaluation_by_hand(llama, arguments, examples):
     teacher.float()
     batches = [collate(examples.examples[:10]), collate(examples.examples[10:])]
     measured = fidelity(student.train(), teacher, batches)
-    assert student.training and not teacher.training
+    assert student.training
+    assert not teacher.training
     for name, value in expected.items():
         assert measured[name] == pytest.approx(value, rel=1e-4), name
     assert fidelity(student, None, batches) == pytest.approx(
@@ -174,7 +172,8 @@ def test_without_targets_a_step_changes_nothing(llama, arguments, examples):
     student = llama()
     start = copy.deepcopy(student)
     trainer = train(student, arguments(weight_decay=0.0), examples, objective, teacher=llama(3))
-    assert losses(trainer) == [0, 0] and objective.t == pytest.approx(0.4)
+    assert losses(trainer) == [0, 0]
+    assert objective.t == pytest.approx(0.4)
     for ours, theirs in zip(student.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -198,7 +197,8 @@ def test_nan_stops_and_names_the_batch(llama, arguments, examples):
     message = str(error.value)
     assert "loss is nan in step 4" in message
     assert f"records {objective.records} of the data" in message
-    assert "checkpoint-2" in message and "\n" not in message
+    assert "checkpoint-2" in message
+    assert "\n" not in message
 
 
 def test_broken_weights_are_not_saved(llama, arguments, examples):
@@ -222,7 +222,8 @@ def test_seconds_and_rates(llama, arguments, examples):
     parts = sum(value for name, value in seconds.items() if name != "total")
     assert parts == pytest.approx(seconds["total"])
     rates = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
-    assert len(rates) == 3 and min(rates) > 0
+    assert len(rates) == 3
+    assert min(rates) > 0
 
 
 def test_padded_columns_are_left_out(llama, arguments, examples):

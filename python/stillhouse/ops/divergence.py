@@ -16,7 +16,7 @@ from torch import Tensor
 from .kinds import TAID, CrossEntropy, Kind, Number, as_kind
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Columns above which a row streams instead of staying in scratch; tests lower it, -1 is the kernel's.
+# Columns above which a row streams instead of staying in scratch; -1 is the kernel's own number.
 _resident_limit = -1
 
 
@@ -56,9 +56,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-        )
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V >= 1, got {tuple(logits.shape)}")
 
@@ -235,8 +233,8 @@ def divergence(
     )
     if labels is not None and call.kind.needs_teacher:
         raise ValueError(
-            f"{type(call.kind).__name__} takes no labels: CrossEntropy does, and divergence_loss mixes "
-            "a label term with label_weight="
+            f"{type(call.kind).__name__} takes no labels: CrossEntropy does, and "
+            "divergence_loss mixes a label term with label_weight="
         )
     if mask is not None:
         _check_rows("mask", mask, student_logits, torch.bool)
@@ -288,7 +286,7 @@ def divergence_loss(
 
     Raises:
         ValueError, TypeError: as in `divergence`; a teacher or weight that requires a gradient;
-            with `inplace_grad` a leaf, or logits that share memory with the teacher's or themselves.
+            with `inplace_grad` a leaf, or logits that share memory with the teacher's.
         RuntimeError: a second backward pass through the same loss.
     """
     call = _check(
@@ -354,7 +352,9 @@ def _row_weight(
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating point, got {weight.dtype}: a bool is a mask")
         if weight.requires_grad:
-            raise ValueError("weight is not differentiable here: detach it, or weigh ops.divergence")
+            raise ValueError(
+                "weight is not differentiable here: detach it, or weigh ops.divergence"
+            )
         w = weight.to(call.result)
     if mask is not None:
         _check_rows("mask", mask, call.student, torch.bool)
@@ -378,7 +378,9 @@ def _check_inplace(student: Tensor, teacher: Tensor | None) -> None:
             "inplace_grad=False"
         )
     if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride(), strict=True)):
-        raise ValueError("inplace_grad=True needs student logits of their own memory, got an expanded view")
+        raise ValueError(
+            "inplace_grad=True needs student logits of their own memory, got an expanded view"
+        )
     # Under compile, functionalisation makes a shared storage safe, and there is no pointer to ask.
     if (
         teacher is not None
@@ -468,13 +470,17 @@ def _(student, teacher, numbers, weight, labels, kind, vocab=-1, resident_limit=
 
 
 @torch.library.register_fake("stillhouse::divergence_loss")
-def _(student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1):
+def _(
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats, student.new_empty(student.shape)
 
 
 @torch.library.register_fake("stillhouse::divergence_loss_")
-def _(student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1):
+def _(
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats
 
@@ -521,7 +527,14 @@ def _backward(ctx, upstream, _):
     return to_student, to_teacher, *([None] * 7)
 
 
+def _no_second_derivative(ctx, *upstream):
+    raise RuntimeError(
+        "the gradient of ops.divergence has no gradient of its own (second derivative)"
+    )
+
+
 torch.library.register_autograd("stillhouse::divergence", _backward, setup_context=_setup)
+torch.library.register_autograd("stillhouse::divergence_gradient", _no_second_derivative)
 
 
 # --- the plain reference --------------------------------------------------------------------------
@@ -595,8 +608,10 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
 _REFERENCE = {  # kind number -> (lq, lp, parameter) -> summands [..., V]
     1: lambda lq, lp, a: _times(lp, _minus(lp, lq)),
     2: lambda lq, lp, a: _times(lq, _minus(lq, lp)),
-    3: lambda lq, lp, a: a * _times(lp, _minus(lp, _log_mixture(a, lp, lq)))
-    + (1 - a) * _times(lq, _minus(lq, _log_mixture(a, lp, lq))),
+    3: lambda lq, lp, a: (
+        a * _times(lp, _minus(lp, _log_mixture(a, lp, lq)))
+        + (1 - a) * _times(lq, _minus(lq, _log_mixture(a, lp, lq)))
+    ),
     4: lambda lq, lp, a: _times(lp, _minus(lp, _log_mixture(a, lp, lq))),
     5: lambda lq, lp, a: _times(lq, _minus(lq, _log_mixture(1 - a, lp, lq))),
     6: lambda lq, lp, a: -_times(lp, lq),

@@ -316,6 +316,7 @@ def _fill(
         {name: [entry["loss"] for entry in log] for name, log in history.items()},
         ylabel="loss (nats a token)",
     )
+    report.value("processes", job.training.world_size)
     report.value("configuration", _configuration(job))
     report.value("model", str(folder))
     report.value("load", _load_command(folder))

@@ -31,7 +31,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The trainer needs transformers, which the rest of this package does without.
     if name == "DistillTrainer":
-        from stillhouse.train.trainer import DistillTrainer
-
+        try:
+            from stillhouse.train.trainer import DistillTrainer
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"DistillTrainer needs {error.name}: pip install 'stillhouse[train]'",
+                name=error.name,
+            ) from error
         return DistillTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -222,7 +222,22 @@ class DistillTrainer(Trainer):
                 raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self._forget_evaluation()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def _forget_evaluation(self) -> None:
+        """Undo what an evaluation before the training has prepared.
+
+        It marks the model as prepared without wrapping it, and what is marked is not wrapped again:
+        each process would go on to train a model of its own, without a word.
+        """
+        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if wrapped or not getattr(self.model, "_is_accelerate_prepared", False):
+            return
+        if self.model_wrapped is self.model:
+            self.accelerator.free_memory()
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._require_finite_weights()
