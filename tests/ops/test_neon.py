@@ -1,0 +1,63 @@
+"""The kernels as AArch64 code: cross-compiled, run under qemu-user, held against float64 torch."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse import ops
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DSTILLHOUSE_ISA=baseline",
+    "-static",
+]
+KINDS = [
+    ops.ForwardKL(),
+    ops.ReverseKL(),
+    ops.JSD(0.3),
+    ops.SkewKL(),
+    ops.SkewReverseKL(),
+    ops.TVD(),
+    ops.TAID(0.4),
+]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    for tool in (COMPILER, EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    binary = tmp_path_factory.mktemp("neon") / "driver"
+    source = Path(__file__).with_name("neon_driver.cpp")
+    subprocess.run([COMPILER, *FLAGS, source, "-o", binary], check=True)
+    return binary
+
+
+@pytest.mark.parametrize("columns", [7, 49, 5003])
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_neon(driver, tmp_path, kind, columns):
+    rows = 3
+    logits = torch.randn(2, rows, columns) * 3
+    logits[:, :, 2] = -torch.inf
+    logits.numpy().tofile(tmp_path / "logits.bin")
+    arguments = [kind.number, kind.parameter, rows, columns]
+    command = [EMULATOR, driver, *map(str, arguments), "logits.bin", "result.bin"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    result = torch.from_numpy(np.fromfile(tmp_path / "result.bin", dtype=np.float32)).double()
+
+    student = logits[0].double().requires_grad_()
+    value = ops.divergence(student, logits[1].double(), kind)
+    value.sum().backward()
+    torch.testing.assert_close(result[:rows], value, rtol=1e-5, atol=5e-7)
+    error = (result[rows:].view(rows, columns) - student.grad).abs().amax()
+    assert error < 3e-6 * student.grad.abs().amax() + 3e-7
