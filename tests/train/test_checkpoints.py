@@ -160,6 +160,6 @@ def test_killed_six_times(command, tmp_path):
     ]
     assert states[0]["objective"] == states[1]["objective"]
     assert states[0]["objective"]["t"] == 1
-    assert states[0]["tokens"] == states[1]["tokens"]
+    assert states[0]["statistics"]["rows"] == states[1]["statistics"]["rows"]
     # Only the last one is kept, nothing torn is left.
     assert [path.name for path in checkpoints(disturbed)] == [f"checkpoint-{STEPS}"]

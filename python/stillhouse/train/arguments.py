@@ -80,7 +80,9 @@ class DistillArguments:
         "also train with cross-entropy: on the same tokens, and for the same time", False
     )
     resume: bool = _flag("continue from the newest complete checkpoint of output_dir", False)
-    overwrite: bool = _flag("delete the checkpoints that output_dir already holds", False)
+    overwrite: bool = _flag(
+        "delete the checkpoints that output_dir already holds, unless --resume is given", False
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, Any]:
@@ -105,8 +107,6 @@ def parse(argv: Sequence[str]) -> tuple[DistillArguments, Any]:
     for name in ("student", "data"):
         if getattr(ours, name) is None:
             raise UsageError(f"--{name} is missing: stillhouse distill --help has an example")
-    if ours.resume and ours.overwrite:
-        raise UsageError("--resume continues what --overwrite would delete: choose one")
     return ours, training
 
 

@@ -22,6 +22,7 @@ from stillhouse.train.metrics import sequence_sums, summarize
 from stillhouse.train.objective import Objective
 from stillhouse.train.progress import Progress
 from stillhouse.train.rows import RowIndex, supervised_rows
+from stillhouse.train.statistics import StepStatistics
 
 STATE_FILE = "distillation.pt"
 
@@ -83,9 +84,7 @@ class DistillTrainer(Trainer):
         if teacher is not None:
             self.teacher = FrozenTeacher(teacher.to(args.device))
         self.clock = Clock(args.device)
-        self.tokens = 0.0  # supervised tokens trained on, over all ranks
-        self.step_sums: dict[str, Tensor] = {}  # over the micro-batches of this optimiser step
-        self.unlogged: list[dict[str, float]] = []  # statistics of the steps since the last log
+        self.statistics = StepStatistics()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_Bookkeeping(self))
@@ -114,7 +113,7 @@ class DistillTrainer(Trainer):
         with self.clock.measure("loss"):
             parts = self.objective(student, teacher, batch)
         self._require_finite(parts["loss"], batch.get("record"))
-        self._collect(parts, index)
+        self.statistics.add(parts, index.row.numel())
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
@@ -143,30 +142,10 @@ class DistillTrainer(Trainer):
             raise ValueError(f"a batch needs labels, this one has {', '.join(inputs)}")
         return {**inputs, "vocab_size": self.vocab_size}, supervised_rows(inputs["labels"])
 
-    def _collect(self, parts: Mapping[str, Tensor], index: RowIndex) -> None:
-        """Add this micro-batch to the statistics of the step: the loss, whose denominator is the
-        step's already, as a sum, everything else by its number of rows."""
-        rows = index.row.numel()
-        values = {name: value.detach() * rows for name, value in parts.items()}
-        values |= {"loss": parts["loss"].detach(), "rows": torch.tensor(float(rows))}
-        for name, value in values.items():
-            value = value.to(self.args.device, torch.float32)
-            self.step_sums[name] = self.step_sums.get(name, 0) + value
-
-    def _finish_step(self) -> None:
-        """Average the step's statistics over ranks, tell the objective, keep them for the log."""
-        if not self.step_sums:
-            return
-        names = list(self.step_sums)
-        total = self.accelerator.reduce(torch.stack(list(self.step_sums.values())), "sum")
-        sums = dict(zip(names, total.tolist(), strict=True))
-        self.step_sums = {}
-        rows = sums.pop("rows")
-        stats = {name: value / max(rows, 1) for name, value in sums.items()}
-        stats["loss"] = sums["loss"] / self.accelerator.num_processes
-        self.tokens += rows
-        self.unlogged.append({**stats, "rows": rows})
-        if rows and hasattr(self.objective, "update"):
+    def _finish_step(self, seconds: float) -> None:
+        """Close the books of an optimiser step and tell the objective."""
+        stats = self.statistics.finish(self.accelerator, seconds)
+        if stats is not None and hasattr(self.objective, "update"):
             self.objective.update(stats, self.state.global_step, self.state.max_steps)
 
     # --- what the objective brings along ------------------------------------------------------
@@ -187,14 +166,14 @@ class DistillTrainer(Trainer):
     # --- logs and times -----------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        if "loss" in logs and self.unlogged:
-            rows = sum(stats["rows"] for stats in self.unlogged)
-            for name in self.unlogged[-1].keys() - {"loss", "rows"}:
-                weighted = sum(stats[name] * stats["rows"] for stats in self.unlogged)
-                logs[name] = weighted / max(rows, 1)
-            logs["tokens_per_second"] = rows / sum(stats["seconds"] for stats in self.unlogged)
-            self.unlogged = []
+        if "loss" in logs:
+            logs.update(self.statistics.summary())
         super().log(logs, *args, **options)
+
+    @property
+    def tokens(self) -> int:
+        """Supervised tokens trained on so far, over all ranks."""
+        return round(self.statistics.rows)
 
     def seconds(self) -> dict[str, float]:
         """Training time of the whole run, interruptions left out: `teacher`, `student` (forward
@@ -253,8 +232,7 @@ class DistillTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            state = {"tokens": self.tokens, "seconds": self.clock.seconds()}
-            state["unlogged"] = self.unlogged
+            state = {"statistics": self.statistics.state_dict(), "clock": self.clock.seconds()}
             if hasattr(self.objective, "state_dict"):
                 state["objective"] = self.objective.state_dict()
             torch.save(state, folder / STATE_FILE)
@@ -277,8 +255,8 @@ class DistillTrainer(Trainer):
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not one of this trainer's")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.tokens, self.unlogged = state["tokens"], state["unlogged"]
-        for name, seconds in state["seconds"].items():
+        self.statistics.load_state_dict(state["statistics"])
+        for name, seconds in state["clock"].items():
             self.clock.add(name, seconds)
         if "objective" in state:
             self.objective.load_state_dict(state["objective"])
@@ -327,11 +305,9 @@ class _Bookkeeping(TrainerCallback):
         # The loop zeroes the gradients of the model only.
         for parameter in self.trainer.objective_parameters():
             parameter.grad = None
-        self.trainer._finish_step()
         now = time.perf_counter()
         self.trainer.clock.add("total", now - self.since)
-        if self.trainer.unlogged:
-            self.trainer.unlogged[-1].setdefault("seconds", now - self.since)
+        self.trainer._finish_step(now - self.since)
         self.since = now
 
     def on_evaluate(self, *args: Any, **options: Any) -> None:

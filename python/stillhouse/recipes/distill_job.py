@@ -1,0 +1,178 @@
+"""What the training runs of one `stillhouse distill` share, and how each of them goes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse import data
+from stillhouse.train import DivergenceObjective, Objective, models
+from stillhouse.train.arguments import DistillArguments
+from stillhouse.train.examples import collate, encode
+
+
+@dataclass
+class Run:
+    """One finished training run."""
+
+    name: str
+    trainer: Any
+    metrics: dict[str, float]
+
+    def row(self) -> dict[str, object]:
+        seconds = self.trainer.seconds()["total"]
+        return {
+            "model": self.name,
+            "perplexity": self.metrics.get("perplexity"),
+            "KL to teacher": self.metrics.get("forward_kl"),
+            "acceptance": self.metrics.get("acceptance"),
+            "steps": self.trainer.state.global_step,
+            "tokens": int(self.trainer.tokens),
+            "seconds": seconds,
+            "tokens/s": self.trainer.tokens / seconds if seconds else None,
+        }
+
+
+class Job:
+    """What the runs of one command share: a teacher, a tokenizer, examples; and how a run goes."""
+
+    def __init__(self, arguments: DistillArguments, training: Any):
+        self.arguments, self.training = arguments, training
+        teacher, student = map(_resolve, (arguments.teacher, arguments.student))
+        self.student_name = student
+        # Text is read before the models: a wrong path should not cost a minute of loading.
+        records = data.read(arguments.data)
+        other = None if arguments.eval_data is None else data.read(arguments.eval_data)
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = models.load_model(teacher, arguments.teacher_dtype)
+        self._fresh = models.load_student(student, self.teacher, arguments.student_dtype)
+        self.tokenizer = models.load_tokenizer(teacher or student)
+        if self.teacher is not None:
+            own = self.tokenizer
+            if not student.startswith("layers:") and models.has_tokenizer(student):
+                own = models.load_tokenizer(student)
+            models.check_pair(self._fresh, self.teacher, own, self.tokenizer, arguments.vocab_size)
+        else:
+            models.check_vocabulary(self._fresh, self.tokenizer)
+        models.check_length(self._fresh, self.teacher, arguments.max_length)
+        self.train_set, self.eval_set = self._examples(records, other)
+        if training.process_index == 0:
+            self._announce()
+
+    def _examples(self, records: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Training and held-out examples; `evaluation` None holds out some of `records`."""
+        length = self.arguments.max_length
+        if evaluation is not None:
+            numbers, held = range(len(records)), range(len(evaluation))
+        else:
+            evaluation = records
+            numbers, held = data.holdout(records, self.arguments.eval_share)
+        train_set = encode(records, numbers, self.tokenizer, length)
+        return train_set, encode(evaluation, held, self.tokenizer, length) if held else None
+
+    def _announce(self) -> None:
+        def size(model: Any) -> str:
+            parameters = sum(each.numel() for each in model.parameters()) / 1e6
+            return f"{parameters:.1f}M parameters, {str(model.dtype).removeprefix('torch.')}"
+
+        if self.teacher is not None:
+            print(f"teacher: {self.arguments.teacher} ({size(self.teacher)})")
+        print(f"student: {self.arguments.student} ({size(self._fresh)})")
+        held = f"{self.eval_set.targets:,} held out" if self.eval_set else "none held out"
+        print(
+            f"data: {self.arguments.data}, {self.train_set.targets:,} tokens to train on, {held}",
+            flush=True,
+        )
+
+    def _student(self) -> Any:
+        """The untouched student, anew for each run."""
+        student, self._fresh = self._fresh, None
+        if student is None:
+            student = models.load_student(
+                self.student_name, self.teacher, self.arguments.student_dtype
+            )
+        if self.arguments.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            rank = self.arguments.lora_rank
+            adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            student = get_peft_model(student, adapter)
+        return student
+
+    def trainer(self, name: str, objective: Objective, training: Any) -> Any:
+        """A trainer with a fresh student."""
+        from transformers import set_seed
+
+        from stillhouse.train.trainer import DistillTrainer
+
+        set_seed(training.seed)  # adapters begin at random
+        padding = self.tokenizer.pad_token_id
+        return DistillTrainer(
+            self._student(),
+            training,
+            objective=objective,
+            teacher=self.teacher,
+            vocab_size=self.arguments.vocab_size,
+            name=name,
+            train_dataset=self.train_set,
+            eval_dataset=self.eval_set,
+            processing_class=self.tokenizer,
+            data_collator=functools.partial(collate, padding=0 if padding is None else padding),
+        )
+
+    def evaluate(self, trainer: Any) -> dict[str, float]:
+        """Metrics on the held-out text, without their prefix; empty where nothing is held out."""
+        if self.eval_set is None:
+            return {}
+        state = trainer.state
+        metrics = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
+        # The last evaluation during training stands, unless an earlier model was put back.
+        if (
+            metrics is None
+            or metrics["step"] != state.global_step
+            or self.training.load_best_model_at_end
+        ):
+            metrics = trainer.evaluate()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def controls(self, run: Run) -> list[Run]:
+        """Cross-entropy from the same start on the same batches, and once more for as many steps
+        as fit into the seconds of `run` (its steps are cheaper: no teacher)."""
+        from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+        results = []
+        for name, label in (("same tokens", "control"), ("same seconds", "control_equal_seconds")):
+            training = copy.copy(self.training)
+            training.output_dir = str(Path(self.training.output_dir) / label)
+            training.save_strategy = SaveStrategy.NO
+            training.eval_strategy = IntervalStrategy.NO
+            training.load_best_model_at_end = False
+            training.max_steps = run.trainer.state.global_step
+            if results:
+                per_step = results[0].trainer.seconds()["total"] / training.max_steps
+                training.max_steps = max(1, round(run.trainer.seconds()["total"] / per_step))
+            objective = DivergenceObjective("cross_entropy")
+            trainer = self.trainer(f"control ({name})", objective, training)
+            trainer.train()
+            results.append(Run(f"control, {name}", trainer, self.evaluate(trainer)))
+        return results
+
+    def save(self, trainer: Any) -> Path:
+        """The student as an ordinary `save_pretrained` folder, adapters merged."""
+        folder = Path(self.training.output_dir) / "student"
+        if self.arguments.lora_rank:
+            if self.training.process_index == 0:
+                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                merged.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+        else:
+            trainer.save_model(str(folder))
+        return folder
+
+
+def _resolve(name: str | None) -> str | None:
+    return str(data.smollm2()) if name == "smollm2" else name
