@@ -118,6 +118,11 @@ def test_nothing_is_overwritten_unasked(world, capsys):
     assert job.main(words(world)) == 2
     assert "already holds checkpoint-4: continue with --resume" in capsys.readouterr().err
     assert job.main([*words(world), "--overwrite"]) == 0
+    # A run that is over is resumed without a step.
+    weights = (world / "run" / "student" / "model.safetensors").read_bytes()
+    report = job.distill(*parse([*words(world), "--resume"]))
+    assert report.values["steps"]["student"] == 4
+    assert (world / "run" / "student" / "model.safetensors").read_bytes() == weights
     (world / "run" / "checkpoint-4" / "complete").unlink()
     assert job.main([*words(world), "--resume"]) == 0
     assert "it was not written to its end" in capsys.readouterr().out

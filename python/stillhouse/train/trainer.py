@@ -204,6 +204,13 @@ class DistillTrainer(Trainer):
         self._forget_evaluation()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end, the Trainer's loop would take one step too many.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
     def _forget_evaluation(self) -> None:
         """Undo what an evaluation before the training has prepared.
 
