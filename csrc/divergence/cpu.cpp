@@ -3,11 +3,11 @@
 // of a shared inline function and run it on a machine without AVX-512.
 //
 // A row is read once from memory and its gradient written once; in between it stays in L2:
-//   1. exponentials: running maximum, 2^(x - max) into scratch, their sum   (student, then teacher)
+//   1. exponentials: 2^(x - shift) into scratch, their sum                   (student, then teacher)
 //   2. terms:        q, p from scratch; value, slopes h and H = sum h; with a known H the gradient
 //   3. combine:      (h - q H) * weight                                      (only where H is not known)
 // A row longer than `resident_limit` has no scratch: passes 2 and 3 take the exponentials again.
-// Passes work on blocks of 1,024 elements. Where student, teacher and gradient are all bfloat16 they
+// Passes work on blocks of kBlock elements. Where student, teacher and gradient are all bfloat16 they
 // are read and written as they are; any other mix of types is widened block by block in L1, so that
 // the kernels are not a template of three input types.
 #if defined(__AVX512F__)
@@ -31,133 +31,20 @@ struct Workspace {
 
 #include "label.h"
 
-// One block as passes 2 and 3 see it: x of both sides, and probabilities up to a factor.
-template <class In, class Real>
-struct Block {
-  int64_t n;  // multiple of kLanes
-  const In *z, *t;
-  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
-  Real lse_difference, lse_difference_low, z_lse, t_lse;
-  Real *q, *p;
-  Real q_factor, p_factor;
-};
+#include "blocks.h"
 
-struct Sums {
-  double value = 0, slope = 0;
-  double acceptance = 0, below = 0, student_entropy = 0, teacher_entropy = 0;
-};
-
-template <class In, class Real>
-SH_INLINE Element<Real> element(const Block<In, Real>& b, int64_t j) {
-  const Real z = Real(widen(b.z[j])), t = Real(widen(b.t[j]));
-  Element<Real> e;
-  e.lq = mul_add(b.z_gain, z, -b.z_lse);
-  e.lp = mul_add(b.t_gain, t, -b.t_lse);
-  e.q = b.q[j] * b.q_factor;
-  e.p = b.p[j] * b.p_factor;
-  // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
-  // taken in double; in two parts, since logits with an offset make it large and delta small.
-  const Real gap = mul_add(-b.ratio, z, t);
-  e.delta = mul_add(b.t_gain, gap, -b.lse_difference) - b.lse_difference_low;
-  return e;
-}
-
-// Pass 2 without a gradient.
-template <class Kind, class In, class Real>
-void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {};
-  for (int64_t j = 0; j < b.n; j += kLanes) {
-    touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) value[i] += kind_term<Kind>(element(b, j + i), k);
-  }
-  sums.value += fold_sum(value);
-}
-
-// Pass 2 where H = -1 is known: value and gradient at once.
-template <class Kind, class In, class Out, class Real>
-void block_gradient(const Block<In, Real> b, const KindParams<Real> k, Real weight, Out* gradient,
-                    Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {};
-  for (int64_t j = 0; j < b.n; j += kLanes) {
-    touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      value[i] += kind_term<Kind>(e, k);
-      narrow((Kind::slope(e, k) + e.q) * weight, gradient[j + i]);
-    }
-  }
-  sums.value += fold_sum(value);
-}
-
-// Pass 2 where H is a sum: q stays in b.q and h in b.p.
-template <class Kind, class In, class Real>
-void block_slopes(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {}, slope[kLanes] = {};
-  for (int64_t j = 0; j < b.n; j += kLanes) {
-    touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      value[i] += kind_term<Kind>(e, k);
-      const Real h = Kind::slope(e, k);
-      slope[i] += h;
-      b.q[j + i] = e.q;
-      b.p[j + i] = h;
-    }
-  }
-  sums.value += fold_sum(value);
-  sums.slope += fold_sum(slope);
-}
-
-// Pass 3.
-template <class Out, class Real>
-void block_combine(int64_t n, const Real* q, const Real* h, Real H, Real weight, Out* gradient) {
-  n &= ~(kLanes - 1);
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) narrow(mul_add(-q[j], H, h[j]) * weight, gradient[j]);
-}
-
-template <class In, class Real>
-void block_stats(const Block<In, Real> b, Sums& sums) {
-  Real acceptance[kLanes] = {}, below[kLanes] = {}, student[kLanes] = {}, teacher[kLanes] = {};
-  for (int64_t j = 0; j < b.n; j += kLanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      acceptance[i] += e.q < e.p ? e.q : e.p;
-      below[i] += e.q < e.p ? e.q : Real(0);
-      student[i] += times(e.q, -e.lq);
-      teacher[i] += times(e.p, -e.lp);
-    }
-  }
-  sums.acceptance += fold_sum(acceptance);
-  sums.below += fold_sum(below);
-  sums.student_entropy += fold_sum(student);
-  sums.teacher_entropy += fold_sum(teacher);
-}
-
-// The last steps of a gradient block that was made in a buffer: label term, soft-cap, storage type.
+// In the order of ops.Stats.
 template <class Real>
-void finish_gradient(const Source<Real>& student, const LabelTerm<Real>& label, int64_t start,
-                     const Real* x, Real* g, Dtype dtype, char* row) {
-  const int64_t columns = student.columns(start), n = padded(columns);
-  if (label.on) label.add_gradient(start, n, x, g);
-  if (student.cap > 0) {
-    const Real inverse = 1 / student.cap;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const Real ratio = x[j] * inverse;
-      const Real chained = g[j] * student.scale * (1 - ratio * ratio);
-      g[j] = x[j] > -INFINITY ? chained : Real(0);
-    }
-  }
-  with_type(dtype, row, [&](auto* out) {
-    out += start;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) narrow(g[j], out[j]);
-  });
+struct RowStats {
+  Real acceptance, agreement, student_entropy, teacher_entropy, student_lse, teacher_lse, below;
+};
+
+template <class Real>
+void write_stats(const Problem<Real>& problem, int64_t r, RowStats<Real> row) {
+  const Real values[kStats] = {
+      row.acceptance,  row.agreement, row.student_entropy, row.teacher_entropy, row.student_lse,
+      row.teacher_lse, row.below};
+  for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
 }
 
 // One row under one kind.
@@ -308,16 +195,11 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next, Works
       problem.value[r] = Real(1 - problem.label_weight) * problem.value[r] +
                          Real(problem.label_weight) * row.label.value;
   }
-  if (problem.stats != nullptr) {
-    const Real values[kStats] = {Real(sums.acceptance),
-                                 agreement,
-                                 Real(sums.student_entropy),
-                                 Real(sums.teacher_entropy),
-                                 Real(row.z_lse),
-                                 Real(row.t_lse),
-                                 Real(sums.below)};
-    for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
-  }
+  if (problem.stats != nullptr)
+    write_stats<Real>(
+        problem, r,
+        {Real(sums.acceptance), agreement, Real(sums.student_entropy), Real(sums.teacher_entropy),
+         Real(row.z_lse), Real(row.t_lse), Real(sums.below)});
 }
 
 // Cross-entropy to labels: the label term alone, one side.
@@ -328,6 +210,11 @@ void label_row(const Problem<Real>& problem, int64_t r, Workspace<Real> w) {
       exponentials<Real>(student, w.student, nullptr, nullptr, w.student_e, {student.row, 0});
   LabelTerm<Real> label(problem, problem.labels[r], student, lse, w);
   if (problem.value != nullptr) problem.value[r] = label.value;
+  if (problem.stats != nullptr) {
+    const Real none = NAN;  // there is no teacher to compare with
+    const Real entropy = label.entropy(student, Real(lse), w.student, w.student_e);
+    write_stats<Real>(problem, r, {none, none, entropy, none, Real(lse), none, none});
+  }
   if (problem.gradient.data == nullptr) return;
   label.weight = (problem.weight != nullptr ? problem.weight[r] : Real(1)) * label.gain;
   for (int64_t start = 0; start < problem.vocab; start += kBlock) {
@@ -373,8 +260,7 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
     char* gradient = problem.gradient.data != nullptr ? row_of(problem.gradient, r) : nullptr;
     if (!counts) {
       if (problem.value != nullptr) problem.value[r] = 0;
-      if (problem.stats != nullptr)
-        for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = 0;
+      if (problem.stats != nullptr) write_stats<Real>(problem, r, {});
       if (gradient != nullptr) zero(gradient, 0, problem.width, gradient_size);
       continue;
     }

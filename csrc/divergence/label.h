@@ -46,6 +46,24 @@ struct LabelTerm {
     if (smoothing > 0) value += Real(smoothing * lse - uniform * gain * finite_sum);
   }
 
+  // -sum q1 log q1; e: [kBlock].
+  Real entropy(const Source<Real>& source, Real lse, Real* buffer, Real* e) const {
+    double sum = 0;
+    for (int64_t start = 0; start < source.vocab; start += kBlock) {
+      const Real* x = source.load(start, buffer);
+      const int64_t n = padded(source.columns(start));
+      block_exp(n, x, gain2, shift2, e, {source.row, 0});
+      Real lanes[kLanes] = {};
+      for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i)
+          lanes[i] += times(factor * e[j + i], lse - gain * x[j + i]);
+      }
+      sum += fold_sum(lanes);
+    }
+    return Real(sum);
+  }
+
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
     n &= ~(kLanes - 1);
 #pragma omp simd

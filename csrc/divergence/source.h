@@ -78,7 +78,7 @@ struct Source {
   }
 };
 
-// Touches the row after this one while this one is computed, a line or less a step, so that memory
+// Touches the row after this one while this one is computed, a line or two a step, so that memory
 // and arithmetic overlap. A burst would fill the miss buffers and stall.
 struct Prefetch {
   const char* at;
@@ -185,9 +185,9 @@ Real source_exp(const Source<Real>& source, int64_t start, Real shift2, Real* bu
 }
 
 // Pass 1: the log-sum-exp of a row. Exponentials go to e (row-long) with each block's shift in powers
-// of two, or to `block_e` if e is null. The shift is the first block's maximum; a block whose sum shows
-// that it lies far above is taken again with its own. In double: the
-// difference of two such sums is small, and an error in it is an error of the divergence.
+// of two, or to `block_e` if e is null. The shift is the first block's maximum; a block whose sum
+// shows that it lies far above is taken again with its own. In double: the difference of two such
+// sums is small, and an error in it is an error of the divergence.
 template <class Real>
 double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shifts, Real* block_e,
                     Prefetch touch) {

@@ -1,6 +1,5 @@
 """The plain reference and the kernels against definitions, published values and torch's ops."""
 
-import importlib
 import math
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from stillhouse import ops
-
-module = importlib.import_module("stillhouse.ops.divergence")
+from stillhouse.ops.divergence_arguments import check_call
+from stillhouse.ops.divergence_reference import reference
 
 # The definitions, written from the formulas and not from the package; autograd through them is the
 # oracle for gradients.
@@ -112,10 +111,10 @@ def test_against_the_definitions(name, temperature):
     (gradient,) = torch.autograd.grad(value.sum(), z)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
-    call = module._check(z, t, name, temperature, None, None, None, 1.0, None, 0.0)
-    reference, _ = module.reference(call, None, False)
-    torch.testing.assert_close(reference, expected, rtol=1e-11, atol=1e-13)
-    (gradient,) = torch.autograd.grad(reference.sum(), z)
+    call = check_call(z, t, name, temperature, None, None, None, 1.0, None, 0.0)
+    plain, _ = reference(call, None, False)
+    torch.testing.assert_close(plain, expected, rtol=1e-11, atol=1e-13)
+    (gradient,) = torch.autograd.grad(plain.sum(), z)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
@@ -199,6 +198,20 @@ def test_cross_entropy_is_torch_s(smoothing):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
     mean = ops.divergence_loss(z, None, ops.CrossEntropy(smoothing), labels=labels)
     torch.testing.assert_close(mean, F.cross_entropy(z, labels, label_smoothing=smoothing))
+
+
+def test_cross_entropy_has_the_student_s_stats_alone():
+    z = torch.randn(4, 2311).requires_grad_()
+    labels = torch.tensor([3, 0, -100, 7])
+    for form in (ops.divergence, ops.divergence_loss):
+        _, stats = form(z, None, "cross_entropy", labels=labels, return_stats=True)
+        counted = labels != -100
+        entropy = torch.distributions.Categorical(logits=z.detach()).entropy()
+        torch.testing.assert_close(stats.student_entropy[counted], entropy[counted])
+        torch.testing.assert_close(stats.student_lse[counted], z.detach().logsumexp(-1)[counted])
+        for name in ("acceptance", "agreement", "teacher_entropy", "teacher_lse", "student_below"):
+            assert getattr(stats, name)[counted].isnan().all()
+        assert torch.stack(stats)[:, ~counted].eq(0).all()
 
 
 def test_forward_kl_is_torch_s():

@@ -1,4 +1,4 @@
-"""Divergences between rows of logits: the per-row op, the loss form, and their plain reference.
+"""Divergences between rows of logits: the per-row op, the loss form, and their registered ops.
 
 Both ride on one kernel (csrc/divergence). Its arguments that may change during training travel in
 `numbers`, a float64 [9] tensor, so that nothing recompiles.
@@ -6,16 +6,17 @@ Both ride on one kernel (csrc/divergence). Its arguments that may change during 
 
 from __future__ import annotations
 
-import math
 import warnings
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kinds import TAID, CrossEntropy, Kind, Number, as_kind
+from .divergence_arguments import Call, check_call, check_rows, positive
+from .divergence_reference import reference
+from .kinds import KINDS, CrossEntropy, Kind, Number
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Columns above which a row streams instead of staying in scratch; -1 is the kernel's own number.
 _resident_limit = -1
 
@@ -25,7 +26,9 @@ class Stats(NamedTuple):
 
     `acceptance` = sum min(p, q) = 1 - TVD, the acceptance rate of speculative sampling;
     `agreement` = 1 where the top-1 columns agree (ties to the lower index); entropies and
-    log-sum-exps in nats, of the tempered rows; `student_below` = sum of q where q < p.
+    log-sum-exps in nats, of the tempered rows; `student_below` = sum of q where q < p. Under `TAID`
+    the teacher is its moving target; under `CrossEntropy` there is none, and what compares is NaN.
+    Rows that are not read have 0.
     """
 
     acceptance: Tensor
@@ -37,137 +40,8 @@ class Stats(NamedTuple):
     student_below: Tensor
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """The checked arguments of one call, as the registered ops take them."""
-
-    student: Tensor
-    teacher: Tensor | None
-    kind: Kind
-    numbers: Tensor
-    labels: Tensor | None
-    vocab: int
-    result: torch.dtype
-
-
-def _check_logits(name: str, logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must be [..., V] with V >= 1, got {tuple(logits.shape)}")
-
-
-def _check_rows(name: str, x: Tensor, student: Tensor, dtype: torch.dtype | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
-    if x.shape != student.shape[:-1]:
-        raise ValueError(
-            f"{name} must be {tuple(student.shape[:-1])}, one a row of the student's "
-            f"{tuple(student.shape)}, got {tuple(x.shape)}"
-        )
-    if x.device != student.device:
-        raise ValueError(f"{name} is on {x.device}, the student on {student.device}")
-
-
-def _positive(name: str, value: Number) -> Number:
-    if not isinstance(value, Tensor) and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value}")
-    return value
-
-
-def _for_each_side(name: str, value: object, none: float) -> tuple[Number, Number]:
-    """One number serves both sides, a pair is (student, teacher)."""
-    pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a number or a pair (student, teacher), got {value}")
-    student, teacher = (none if v is None else _positive(name, v) for v in pair)
-    return student, teacher
-
-
-def _pack(numbers: list[Number]) -> Tensor:
-    if any(isinstance(n, Tensor) for n in numbers):
-        return torch.stack(
-            [torch.as_tensor(n).detach().to("cpu", torch.float64).reshape(()) for n in numbers]
-        )
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _check(
-    student: Tensor,
-    teacher: Tensor | None,
-    kind: str | Kind,
-    temperature: Number,
-    teacher_temperature: Number | None,
-    vocab_size: int | None,
-    logit_softcap: object,
-    logit_scale: object,
-    labels: Tensor | None,
-    label_weight: Number,
-) -> _Call:
-    kind = as_kind(kind)
-    _check_logits("student_logits", student)
-    width = student.shape[-1]
-    result = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if kind.needs_teacher:
-        if teacher is None:
-            raise ValueError(f"{type(kind).__name__} needs teacher_logits, got None")
-        _check_logits("teacher_logits", teacher)
-        if teacher.shape[:-1] != student.shape[:-1]:
-            raise ValueError(
-                f"student and teacher must have the same rows, got {tuple(student.shape)} and "
-                f"{tuple(teacher.shape)}"
-            )
-        if teacher.device != student.device:
-            raise ValueError(f"teacher is on {teacher.device}, the student on {student.device}")
-        if teacher.shape[-1] != width and vocab_size is None:
-            raise ValueError(
-                f"student has {width} columns and teacher {teacher.shape[-1]}: pass vocab_size= to "
-                "read only the columns that both have (padded embedding rows are the usual cause)"
-            )
-        if teacher.dtype == torch.float64:
-            result = torch.float64
-        width = min(width, teacher.shape[-1])
-    elif teacher is not None:
-        raise ValueError(f"{type(kind).__name__} has no teacher: pass teacher_logits=None")
-    if vocab_size is not None and not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size must lie in [1, {width}], got {vocab_size}")
-    if labels is not None:
-        _check_rows("labels", labels, student, torch.int64)
-    elif isinstance(kind, CrossEntropy):
-        raise ValueError("CrossEntropy needs labels: int64, one a row, -100 for none")
-    if not isinstance(label_weight, Tensor) and not 0 <= label_weight <= 1:
-        raise ValueError(f"label_weight must lie in [0, 1], got {label_weight}")
-
-    student_scale, teacher_scale = _for_each_side("logit_scale", logit_scale, 1.0)
-    student_cap, teacher_cap = _for_each_side("logit_softcap", logit_softcap, 0.0)
-    numbers = [
-        _positive("temperature", temperature),
-        temperature
-        if teacher_temperature is None
-        else _positive("teacher_temperature", teacher_temperature),
-        student_scale,
-        teacher_scale,
-        student_cap,
-        teacher_cap,
-        label_weight,
-        kind.label_smoothing if isinstance(kind, CrossEntropy) else 0.0,
-        0.0 if isinstance(kind, CrossEntropy) else kind.parameter,
-    ]
-    vocab = -1 if vocab_size is None else vocab_size
-    return _Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
-
-
 def _unpack_stats(stats: Tensor) -> Stats:
     return Stats(*stats.detach().unbind(0))
-
-
-# --- public ---------------------------------------------------------------------------------------
 
 
 def divergence(
@@ -219,7 +93,7 @@ def divergence(
         >>> ops.divergence(student, teacher, "forward_kl")
         tensor([0.1733])
     """
-    call = _check(
+    call = check_call(
         student_logits,
         teacher_logits,
         kind,
@@ -237,7 +111,7 @@ def divergence(
             "divergence_loss mixes a label term with label_weight="
         )
     if mask is not None:
-        _check_rows("mask", mask, student_logits, torch.bool)
+        check_rows("mask", mask, student_logits, torch.bool)
     if teacher_logits is not None and teacher_logits.requires_grad:
         call.kind.exchanged()  # raises for a kind without a gradient to the teacher
     value, stats = _rows(call, mask, return_stats)
@@ -289,7 +163,7 @@ def divergence_loss(
             with `inplace_grad` a leaf, or logits that share memory with the teacher's.
         RuntimeError: a second backward pass through the same loss.
     """
-    call = _check(
+    call = check_call(
         student_logits,
         teacher_logits,
         kind,
@@ -338,7 +212,7 @@ def divergence_loss(
 
 
 def _row_weight(
-    call: _Call,
+    call: Call,
     mask: Tensor | None,
     weight: Tensor | None,
     denominator: Number | None,
@@ -348,7 +222,7 @@ def _row_weight(
     if weight is None:
         w = torch.ones(rows, dtype=call.result, device=call.student.device)
     else:
-        _check_rows("weight", weight, call.student)
+        check_rows("weight", weight, call.student)
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating point, got {weight.dtype}: a bool is a mask")
         if weight.requires_grad:
@@ -357,7 +231,7 @@ def _row_weight(
             )
         w = weight.to(call.result)
     if mask is not None:
-        _check_rows("mask", mask, call.student, torch.bool)
+        check_rows("mask", mask, call.student, torch.bool)
         w = torch.where(mask, w, 0)
     if isinstance(call.kind, CrossEntropy):
         w = torch.where(call.labels != -100, w, 0)
@@ -367,7 +241,7 @@ def _row_weight(
         total = w.sum()
         return torch.where(total != 0, w / total, 0)
     if not isinstance(denominator, Tensor):
-        _positive("denominator", denominator)
+        positive("denominator", denominator)
     return (w / denominator).to(call.result)
 
 
@@ -431,7 +305,7 @@ def _has_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _rows(call: _Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
+def _rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
     if _has_kernel(call.student):
         return torch.ops.stillhouse.divergence(
             call.student,
@@ -495,9 +369,16 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(student, teacher, numbers, mask, labels)
 
 
-# numbers with student and teacher exchanged
-_EXCHANGE = [1, 0, 3, 2, 5, 4, 6, 7, 8]
-_EXCHANGED_KIND = {1: 2, 2: 1, 3: 3, 4: 5, 5: 4, 7: 7}
+_SIDES = [1, 0, 3, 2, 5, 4, 6, 7]  # numbers with student and teacher exchanged
+_BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
+
+
+def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
+    """Kind number and `numbers` of the divergence whose student is this one's teacher."""
+    kind = _BY_NUMBER[number]
+    exchanged = (kind(numbers[8]) if fields(kind) else kind()).exchanged()
+    parameter = torch.as_tensor(exchanged.parameter, dtype=numbers.dtype).reshape(1)
+    return exchanged.number, torch.cat([numbers[_SIDES], parameter])
 
 
 def _backward(ctx, upstream, _):
@@ -510,19 +391,10 @@ def _backward(ctx, upstream, _):
             student, teacher, numbers, weight, labels, ctx.kind, ctx.vocab, ctx.resident_limit
         )
     if ctx.needs_input_grad[1]:
-        exchanged = numbers[_EXCHANGE]
-        if ctx.kind == 3:  # JSD(beta) -> JSD(1 - beta)
-            exchanged[8] = 1 - exchanged[8]
+        kind, exchanged = _exchange(ctx.kind, numbers)
         vocab = min(student.shape[-1], teacher.shape[-1]) if ctx.vocab < 0 else ctx.vocab
         to_teacher = gradient(
-            teacher,
-            student,
-            exchanged,
-            weight,
-            None,
-            _EXCHANGED_KIND[ctx.kind],
-            vocab,
-            ctx.resident_limit,
+            teacher, student, exchanged, weight, None, kind, vocab, ctx.resident_limit
         )
     return to_student, to_teacher, *([None] * 7)
 
@@ -535,100 +407,3 @@ def _no_second_derivative(ctx, *upstream):
 
 torch.library.register_autograd("stillhouse::divergence", _backward, setup_context=_setup)
 torch.library.register_autograd("stillhouse::divergence_gradient", _no_second_derivative)
-
-
-# --- the plain reference --------------------------------------------------------------------------
-
-
-def reference(call: _Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
-    """What the kernels compute, in plain torch: the oracle of the tests, and what runs on a device
-    without a kernel. Materialises [..., V] tensors."""
-    number = call.numbers.to(call.student.device, call.result).unbind()
-    temperature, teacher_temperature, scale, teacher_scale, cap, teacher_cap = number[:6]
-    label_weight, smoothing, a = number[6:]
-    vocab = call.student.shape[-1] if call.vocab < 0 else call.vocab
-
-    def logits(x: Tensor, scale: Tensor, cap: Tensor) -> Tensor:
-        x = x[..., :vocab].to(call.result) * scale
-        return cap * torch.tanh(x / cap) if cap > 0 else x
-
-    z = logits(call.student, scale, cap)
-    lq = torch.log_softmax(z / temperature, -1)
-    value = torch.zeros(z.shape[:-1], dtype=call.result, device=z.device)
-    stats = value.new_empty(0)
-    if call.kind.needs_teacher:
-        t = logits(call.teacher, teacher_scale, teacher_cap)
-        target = t / teacher_temperature
-        if isinstance(call.kind, TAID):
-            target = _mix(a, target, z.detach() / temperature)
-        lp = torch.log_softmax(target, -1)
-        value = (1 - label_weight) * _REFERENCE[call.kind.number](lq, lp, a).sum(-1)
-        if want_stats:
-            stats = _reference_stats(lq, lp, z / temperature, target)
-    if call.labels is not None:
-        label_temperature = 1 if call.kind.needs_teacher else temperature
-        lq = torch.log_softmax(z / label_temperature, -1)
-        has_label = call.labels != -100
-        hot = lq.gather(-1, call.labels.clamp(min=0)[..., None]).squeeze(-1)
-        finite = lq > -torch.inf
-        uniform = torch.where(finite, lq, 0).sum(-1) / finite.sum(-1)
-        term = torch.where(has_label, -(1 - smoothing) * hot - smoothing * uniform, 0)
-        value = value + (label_weight * term if call.kind.needs_teacher else term)
-    if mask is not None:
-        value = torch.where(mask, value, 0)
-        stats = torch.where(mask, stats, 0) if want_stats else stats
-    return value, stats
-
-
-def _mix(t: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    # A weight of 0 or 1 takes one side alone: 0 * -inf is not a number.
-    mixed = t * teacher + (1 - t) * student
-    return torch.where(t == 0, student, torch.where(t == 1, teacher, mixed))
-
-
-def _times(log_mass: Tensor, x: Tensor) -> Tensor:
-    """mass * x with 0 * inf = 0, in value and gradient."""
-    mass = log_mass.exp()
-    return mass * torch.where(mass > 0, x, 0)
-
-
-def _log_mixture(weight: Tensor, lp: Tensor, lq: Tensor) -> Tensor:
-    """log(weight p + (1 - weight) q); the selects keep -inf in both from making NaN gradients."""
-    shown = (lp > -torch.inf) | (lq > -torch.inf)
-    x, y = torch.where(shown, lp + weight.log(), 0), torch.where(shown, lq + (1 - weight).log(), 0)
-    return torch.where(shown, torch.logaddexp(x, y), -torch.inf)
-
-
-def _minus(x: Tensor, y: Tensor) -> Tensor:
-    """x - y where x > -inf, else 0 (its mass is zero there)."""
-    shown = x > -torch.inf
-    return torch.where(shown, torch.where(shown, x, 0) - torch.where(shown, y, 0), 0)
-
-
-_REFERENCE = {  # kind number -> (lq, lp, parameter) -> summands [..., V]
-    1: lambda lq, lp, a: _times(lp, _minus(lp, lq)),
-    2: lambda lq, lp, a: _times(lq, _minus(lq, lp)),
-    3: lambda lq, lp, a: (
-        a * _times(lp, _minus(lp, _log_mixture(a, lp, lq)))
-        + (1 - a) * _times(lq, _minus(lq, _log_mixture(a, lp, lq)))
-    ),
-    4: lambda lq, lp, a: _times(lp, _minus(lp, _log_mixture(a, lp, lq))),
-    5: lambda lq, lp, a: _times(lq, _minus(lq, _log_mixture(1 - a, lp, lq))),
-    6: lambda lq, lp, a: -_times(lp, lq),
-    7: lambda lq, lp, a: (lp.exp() - lq.exp()).abs() / 2,
-}
-
-
-def _reference_stats(lq: Tensor, lp: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    q, p = lq.exp(), lp.exp()
-    return torch.stack(
-        [
-            torch.minimum(p, q).sum(-1),
-            (z.argmax(-1) == t.argmax(-1)).to(q.dtype),
-            -_times(lq, lq).sum(-1),
-            -_times(lp, lp).sum(-1),
-            z.logsumexp(-1),
-            t.logsumexp(-1),
-            torch.where(q < p, q, 0).sum(-1),
-        ]
-    )

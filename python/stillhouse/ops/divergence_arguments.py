@@ -1,0 +1,136 @@
+"""The checked arguments of a divergence call, as the registered ops take them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kinds import CrossEntropy, Kind, Number, as_kind
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Call(NamedTuple):
+    """The checked arguments of one call, as the registered ops take them."""
+
+    student: Tensor
+    teacher: Tensor | None
+    kind: Kind
+    numbers: Tensor
+    labels: Tensor | None
+    vocab: int
+    result: torch.dtype
+
+
+def _check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+
+
+def check_rows(name: str, x: Tensor, student: Tensor, dtype: torch.dtype | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} must be {tuple(student.shape[:-1])}, one a row of the student's "
+            f"{tuple(student.shape)}, got {tuple(x.shape)}"
+        )
+    if x.device != student.device:
+        raise ValueError(f"{name} is on {x.device}, the student on {student.device}")
+
+
+def positive(name: str, value: Number) -> Number:
+    if not isinstance(value, Tensor) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value}")
+    return value
+
+
+def _for_each_side(name: str, value: object, none: float) -> tuple[Number, Number]:
+    """One number serves both sides, a pair is (student, teacher)."""
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number or a pair (student, teacher), got {value}")
+    student, teacher = (none if v is None else positive(name, v) for v in pair)
+    return student, teacher
+
+
+def _pack(numbers: list[Number]) -> Tensor:
+    if any(isinstance(n, Tensor) for n in numbers):
+        return torch.stack(
+            [torch.as_tensor(n).detach().to("cpu", torch.float64).reshape(()) for n in numbers]
+        )
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def check_call(
+    student: Tensor,
+    teacher: Tensor | None,
+    kind: str | Kind,
+    temperature: Number,
+    teacher_temperature: Number | None,
+    vocab_size: int | None,
+    logit_softcap: object,
+    logit_scale: object,
+    labels: Tensor | None,
+    label_weight: Number,
+) -> Call:
+    kind = as_kind(kind)
+    _check_logits("student_logits", student)
+    width = student.shape[-1]
+    result = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if kind.needs_teacher:
+        if teacher is None:
+            raise ValueError(f"{type(kind).__name__} needs teacher_logits, got None")
+        _check_logits("teacher_logits", teacher)
+        if teacher.shape[:-1] != student.shape[:-1]:
+            raise ValueError(
+                f"student and teacher must have the same rows, got {tuple(student.shape)} and "
+                f"{tuple(teacher.shape)}"
+            )
+        if teacher.device != student.device:
+            raise ValueError(f"teacher is on {teacher.device}, the student on {student.device}")
+        if teacher.shape[-1] != width and vocab_size is None:
+            raise ValueError(
+                f"student has {width} columns and teacher {teacher.shape[-1]}: pass vocab_size= to "
+                "read only the columns that both have (padded embedding rows are the usual cause)"
+            )
+        if teacher.dtype == torch.float64:
+            result = torch.float64
+        width = min(width, teacher.shape[-1])
+    elif teacher is not None:
+        raise ValueError(f"{type(kind).__name__} has no teacher: pass teacher_logits=None")
+    if vocab_size is not None and not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must lie in [1, {width}], got {vocab_size}")
+    if labels is not None:
+        check_rows("labels", labels, student, torch.int64)
+    elif isinstance(kind, CrossEntropy):
+        raise ValueError("CrossEntropy needs labels: int64, one a row, -100 for none")
+    if not isinstance(label_weight, Tensor) and not 0 <= label_weight <= 1:
+        raise ValueError(f"label_weight must lie in [0, 1], got {label_weight}")
+
+    student_scale, teacher_scale = _for_each_side("logit_scale", logit_scale, 1.0)
+    student_cap, teacher_cap = _for_each_side("logit_softcap", logit_softcap, 0.0)
+    numbers = [
+        positive("temperature", temperature),
+        temperature
+        if teacher_temperature is None
+        else positive("teacher_temperature", teacher_temperature),
+        student_scale,
+        teacher_scale,
+        student_cap,
+        teacher_cap,
+        label_weight,
+        kind.label_smoothing if isinstance(kind, CrossEntropy) else 0.0,
+        0.0 if isinstance(kind, CrossEntropy) else kind.parameter,
+    ]
+    vocab = -1 if vocab_size is None else vocab_size
+    return Call(student, teacher, kind, _pack(numbers), labels, vocab, result)

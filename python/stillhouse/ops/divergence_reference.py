@@ -1,0 +1,110 @@
+"""What the divergence kernels compute, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .divergence_arguments import Call
+from .kinds import TAID
+
+
+def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
+    """What the kernels compute, in plain torch: the oracle of the tests, and what runs on a device
+    without a kernel. Materialises [..., V] tensors."""
+    number = call.numbers.to(call.student.device, call.result).unbind()
+    temperature, teacher_temperature, scale, teacher_scale, cap, teacher_cap = number[:6]
+    label_weight, smoothing, a = number[6:]
+    vocab = call.student.shape[-1] if call.vocab < 0 else call.vocab
+
+    def logits(x: Tensor, scale: Tensor, cap: Tensor) -> Tensor:
+        x = x[..., :vocab].to(call.result) * scale
+        return cap * torch.tanh(x / cap) if cap > 0 else x
+
+    z = logits(call.student, scale, cap)
+    lq = torch.log_softmax(z / temperature, -1)
+    value = torch.zeros(z.shape[:-1], dtype=call.result, device=z.device)
+    stats = _student_stats(lq, z / temperature) if want_stats else value.new_empty(0)
+    if call.kind.needs_teacher:
+        t = logits(call.teacher, teacher_scale, teacher_cap)
+        target = t / teacher_temperature
+        if isinstance(call.kind, TAID):
+            target = _mix(a, target, z.detach() / temperature)
+        lp = torch.log_softmax(target, -1)
+        value = (1 - label_weight) * _REFERENCE[call.kind.number](lq, lp, a).sum(-1)
+        if want_stats:
+            stats = _reference_stats(lq, lp, z / temperature, target)
+    if call.labels is not None:
+        label_temperature = 1 if call.kind.needs_teacher else temperature
+        lq = torch.log_softmax(z / label_temperature, -1)
+        has_label = call.labels != -100
+        hot = lq.gather(-1, call.labels.clamp(min=0)[..., None]).squeeze(-1)
+        finite = lq > -torch.inf
+        uniform = torch.where(finite, lq, 0).sum(-1) / finite.sum(-1)
+        if not call.kind.needs_teacher:
+            stats = torch.where(has_label, stats, 0) if want_stats else stats
+        term = torch.where(has_label, -(1 - smoothing) * hot - smoothing * uniform, 0)
+        value = value + (label_weight * term if call.kind.needs_teacher else term)
+    if mask is not None:
+        value = torch.where(mask, value, 0)
+        stats = torch.where(mask, stats, 0) if want_stats else stats
+    return value, stats
+
+
+def _mix(t: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+    # A weight of 0 or 1 takes one side alone: 0 * -inf is not a number.
+    mixed = t * teacher + (1 - t) * student
+    return torch.where(t == 0, student, torch.where(t == 1, teacher, mixed))
+
+
+def _times(log_mass: Tensor, x: Tensor) -> Tensor:
+    """mass * x with 0 * inf = 0, in value and gradient."""
+    mass = log_mass.exp()
+    return mass * torch.where(mass > 0, x, 0)
+
+
+def _log_mixture(weight: Tensor, lp: Tensor, lq: Tensor) -> Tensor:
+    """log(weight p + (1 - weight) q); the selects keep -inf in both from making NaN gradients."""
+    shown = (lp > -torch.inf) | (lq > -torch.inf)
+    x, y = torch.where(shown, lp + weight.log(), 0), torch.where(shown, lq + (1 - weight).log(), 0)
+    return torch.where(shown, torch.logaddexp(x, y), -torch.inf)
+
+
+def _minus(x: Tensor, y: Tensor) -> Tensor:
+    """x - y where x > -inf, else 0 (its mass is zero there)."""
+    shown = x > -torch.inf
+    return torch.where(shown, torch.where(shown, x, 0) - torch.where(shown, y, 0), 0)
+
+
+_REFERENCE = {  # kind number -> (lq, lp, parameter) -> summands [..., V]
+    1: lambda lq, lp, a: _times(lp, _minus(lp, lq)),
+    2: lambda lq, lp, a: _times(lq, _minus(lq, lp)),
+    3: lambda lq, lp, a: (
+        a * _times(lp, _minus(lp, _log_mixture(a, lp, lq)))
+        + (1 - a) * _times(lq, _minus(lq, _log_mixture(a, lp, lq)))
+    ),
+    4: lambda lq, lp, a: _times(lp, _minus(lp, _log_mixture(a, lp, lq))),
+    5: lambda lq, lp, a: _times(lq, _minus(lq, _log_mixture(1 - a, lp, lq))),
+    6: lambda lq, lp, a: -_times(lp, lq),
+    7: lambda lq, lp, a: (lp.exp() - lq.exp()).abs() / 2,
+}
+
+
+def _student_stats(lq: Tensor, z: Tensor) -> Tensor:
+    none = torch.full_like(z[..., 0], torch.nan)
+    return torch.stack([none, none, -_times(lq, lq).sum(-1), none, z.logsumexp(-1), none, none])
+
+
+def _reference_stats(lq: Tensor, lp: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    q, p = lq.exp(), lp.exp()
+    return torch.stack(
+        [
+            torch.minimum(p, q).sum(-1),
+            (z.argmax(-1) == t.argmax(-1)).to(q.dtype),
+            -_times(lq, lq).sum(-1),
+            -_times(lp, lp).sum(-1),
+            z.logsumexp(-1),
+            t.logsumexp(-1),
+            torch.where(q < p, q, 0).sum(-1),
+        ]
+    )
