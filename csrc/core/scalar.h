@@ -26,11 +26,13 @@ SH_INLINE float mul_add(float a, float b, float c) { return a * b + c; }
 SH_INLINE double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-// 2^y for y <= 127, relative error 1.5e-7; 0 below -125 (also for -inf), NaN for NaN. y = n + f with
-// |f| <= 1/2: adding 1.5 * 2^23 rounds, and leaves n in the low bits. The additions run beside the
-// multiplications on most cores, which is why f is not made by an fma.
+// 2^y, relative error 1.5e-7; 0 below -125 (also for -inf), 2^127 from there on (its bits must not
+// wrap: a caller sees an overflow by the size), NaN for NaN. y = n + f with |f| <= 1/2: adding
+// 1.5 * 2^23 rounds, and leaves n in the low bits. The additions run beside the multiplications on
+// most cores, which is why f is not made by an fma.
 SH_INLINE float fast_exp2(float y) {
   constexpr float kRound = 12582912.f;
+  y = y > 127.f ? 127.f : y;
   const float shifted = y + kRound;
   const float f = y - (shifted - kRound);
   float p = 0.00132647299f;

@@ -2,13 +2,21 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
+// A double in two parts: logits with an offset make a log-sum-exp large where what is subtracted from
+// it leaves little.
+template <class Real>
+struct TwoPart {
+  Real high, low;
+  explicit TwoPart(double x) : high(Real(x)), low(Real(x - double(high))) {}
+};
+
 // One block as passes 2 and 3 see it: x of both sides, and probabilities up to a factor.
 template <class In, class Real>
 struct Block {
   int64_t n;  // multiple of kLanes
   const In *z, *t;
   Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
-  Real lse_difference, lse_difference_low, z_lse, t_lse;
+  TwoPart<Real> lse_difference, z_lse, t_lse;
   Real *q, *p;
   Real q_factor, p_factor;
 };
@@ -22,14 +30,14 @@ template <class In, class Real>
 SH_INLINE Element<Real> element(const Block<In, Real>& b, int64_t j) {
   const Real z = Real(widen(b.z[j])), t = Real(widen(b.t[j]));
   Element<Real> e;
-  e.lq = mul_add(b.z_gain, z, -b.z_lse);
-  e.lp = mul_add(b.t_gain, t, -b.t_lse);
+  e.lq = mul_add(b.z_gain, z, -b.z_lse.high) - b.z_lse.low;
+  e.lp = mul_add(b.t_gain, t, -b.t_lse.high) - b.t_lse.low;
   e.q = b.q[j] * b.q_factor;
   e.p = b.p[j] * b.p_factor;
   // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
-  // taken in double; in two parts, since logits with an offset make it large and delta small.
+  // taken in double.
   const Real gap = mul_add(-b.ratio, z, t);
-  e.delta = mul_add(b.t_gain, gap, -b.lse_difference) - b.lse_difference_low;
+  e.delta = mul_add(b.t_gain, gap, -b.lse_difference.high) - b.lse_difference.low;
   return e;
 }
 

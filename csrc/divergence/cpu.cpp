@@ -23,7 +23,7 @@ namespace {
 template <class Real>
 struct Workspace {
   Real *q, *p;              // [vocab] exponentials, then q and h; null on the streaming path
-  Real *q_shift, *p_shift;  // [blocks] powers of two that a block's are relative to
+  Real *q_shift, *p_shift;  // [blocks] x that a block's exponentials are relative to
   Real *student, *teacher, *student_e, *teacher_e, *gradient;  // [kBlock] each
 };
 
@@ -93,23 +93,20 @@ struct DivergenceRow {
 
   template <class In>
   Block<In, Real> block(int64_t start, const In* z, const In* t) const {
-    const Real difference = Real(t_lse - z_lse);
     Block<In, Real> b{padded(student.columns(start)),
                       z,
                       t,
                       student.gain,
                       teacher.gain,
                       student.gain / teacher.gain,
-                      difference,
-                      Real((t_lse - z_lse) - double(difference)),
-                      Real(z_lse),
-                      Real(t_lse),
+                      TwoPart<Real>(t_lse - z_lse),
+                      TwoPart<Real>(z_lse),
+                      TwoPart<Real>(t_lse),
                       w.student_e,
                       w.teacher_e,
                       1,
                       1};
-    const double z_lse2 = student.in_powers_of_two(z_lse), t_lse2 = teacher.in_powers_of_two(t_lse);
-    Real z_shift = Real(z_lse2), t_shift = Real(t_lse2);
+    Real z_shift = Real(z_lse / student.gain), t_shift = Real(t_lse / teacher.gain);
     if (w.q != nullptr) {
       b.q = w.q + start;
       b.p = w.p + start;
@@ -119,8 +116,8 @@ struct DivergenceRow {
       block_exp(b.n, z, student.gain2(), z_shift, b.q, {reinterpret_cast<const char*>(z), 0});
       block_exp(b.n, t, teacher.gain2(), t_shift, b.p, {reinterpret_cast<const char*>(t), 0});
     }
-    b.q_factor = Real(std::exp2(z_shift - z_lse2));
-    b.p_factor = Real(std::exp2(t_shift - t_lse2));
+    b.q_factor = student.factor(z_shift, z_lse);
+    b.p_factor = teacher.factor(t_shift, t_lse);
     return b;
   }
 

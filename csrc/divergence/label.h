@@ -7,7 +7,7 @@
 template <class Real>
 struct LabelTerm {
   bool on = false;
-  Real gain = 1, gain2 = 1, shift2 = 0, factor = 1;  // q1 = factor 2^(gain2 x - shift2)
+  Real gain = 1, gain2 = 1, shift = 0, factor = 1;  // q1 = factor 2^((x - shift) gain2)
   Real weight = 0, uniform = 0, hot = 0, value = 0;
   int64_t label = 0;
 
@@ -21,10 +21,9 @@ struct LabelTerm {
     const double lse = ratio == 1 ? student_lse
                                   : exponentials<Real>(source, w.student, nullptr, nullptr,
                                                        w.student_e, {source.row, 0});
-    const double lse2 = source.in_powers_of_two(lse);
     gain2 = source.gain2();
-    shift2 = Real(lse2);
-    factor = Real(std::exp2(shift2 - lse2));
+    shift = Real(lse / gain);
+    factor = source.factor(shift, lse);
     double finite_sum = 0;
     int64_t finite = 0;
     const Real smoothing = Real(problem.label_smoothing);
@@ -52,7 +51,7 @@ struct LabelTerm {
     for (int64_t start = 0; start < source.vocab; start += kBlock) {
       const Real* x = source.load(start, buffer);
       const int64_t n = padded(source.columns(start));
-      block_exp(n, x, gain2, shift2, e, {source.row, 0});
+      block_exp(n, x, gain2, shift, e, {source.row, 0});
       Real lanes[kLanes] = {};
       for (int64_t j = 0; j < n; j += kLanes) {
 #pragma omp simd
@@ -68,7 +67,7 @@ struct LabelTerm {
     n &= ~(kLanes - 1);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const Real q1 = factor * fast_exp2(mul_add(gain2, x[j], -shift2));
+      const Real q1 = factor * fast_exp2((x[j] - shift) * gain2);
       gradient[j] += weight * (q1 - (x[j] > -INFINITY ? uniform : Real(0)));
     }
     if (label >= start && label < start + n) gradient[label - start] -= weight * hot;

@@ -35,8 +35,10 @@ struct Source {
 
   Real gain2() const { return Real(gain * kLog2e); }  // tempered logits in powers of two
 
-  // A log-sum-exp as exponentials() took it, with the rounded gain2.
-  double in_powers_of_two(double lse) const { return lse * (double(gain2()) / double(gain)); }
+  // What turns exponentials relative to `shift` into probabilities.
+  Real factor(Real shift, double lse) const {
+    return Real(std::exp(double(gain) * double(shift) - lse));
+  }
 
   int64_t columns(int64_t start) const { return vocab - start < kBlock ? vocab - start : kBlock; }
 
@@ -118,15 +120,15 @@ Real block_max(int64_t n, const Real* x) {
   return fold_max(max);
 }
 
-// e_j = 2^(gain2 x_j - shift2), and their sum.
+// e_j = 2^((x_j - shift) gain2), and their sum. The difference comes first: it is exact where it matters.
 template <class In, class Real>
-Real block_exp(int64_t n, const In* x, Real gain2, Real shift2, Real* e, Prefetch touch) {
+Real block_exp(int64_t n, const In* x, Real gain2, Real shift, Real* e, Prefetch touch) {
   Real sum[kLanes] = {};
   for (int64_t j = 0; j < n; j += kLanes) {
     touch();
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const Real ei = fast_exp2(mul_add(gain2, Real(widen(x[j + i])), -shift2));
+      const Real ei = fast_exp2((Real(widen(x[j + i])) - shift) * gain2);
       e[j + i] = ei;
       sum[i] += ei;
     }
@@ -156,13 +158,13 @@ inline __m512 exp2_16(__m512 y) {
 }
 
 template <class In>
-float block_exp(int64_t n, const In* x, float gain2, float shift2, float* e, Prefetch touch) {
-  const __m512 gain = _mm512_set1_ps(gain2), shift = _mm512_set1_ps(shift2);
+float block_exp(int64_t n, const In* x, float gain2, float shift, float* e, Prefetch touch) {
+  const __m512 g = _mm512_set1_ps(gain2), s = _mm512_set1_ps(shift);
   __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
   for (int64_t j = 0; j < n; j += 32) {
     touch();
-    const __m512 e0 = exp2_16(_mm512_fmsub_ps(gain, widen_16(x + j), shift));
-    const __m512 e1 = exp2_16(_mm512_fmsub_ps(gain, widen_16(x + j + 16), shift));
+    const __m512 e0 = exp2_16(_mm512_mul_ps(_mm512_sub_ps(widen_16(x + j), s), g));
+    const __m512 e1 = exp2_16(_mm512_mul_ps(_mm512_sub_ps(widen_16(x + j + 16), s), g));
     _mm512_storeu_ps(e + j, e0);
     _mm512_storeu_ps(e + j + 16, e1);
     sum0 = _mm512_add_ps(sum0, e0);
@@ -173,27 +175,26 @@ float block_exp(int64_t n, const In* x, float gain2, float shift2, float* e, Pre
 #endif
 
 template <class Real>
-Real source_exp(const Source<Real>& source, int64_t start, Real shift2, Real* buffer, Real* e,
+Real source_exp(const Source<Real>& source, int64_t start, Real shift, Real* buffer, Real* e,
                 Prefetch touch) {
   const int64_t n = padded(source.columns(start));
   const Real gain2 = source.gain2();
   if constexpr (sizeof(Real) == 4) {
     if (source.dtype == Dtype::bf16 && source.plain(start))
-      return block_exp(n, source.template plain_block<Bf16>(start), gain2, shift2, e, touch);
+      return block_exp(n, source.template plain_block<Bf16>(start), gain2, shift, e, touch);
   }
-  return block_exp(n, source.load(start, buffer), gain2, shift2, e, touch);
+  return block_exp(n, source.load(start, buffer), gain2, shift, e, touch);
 }
 
-// Pass 1: the log-sum-exp of a row. Exponentials go to e (row-long) with each block's shift in powers
-// of two, or to `block_e` if e is null. The shift is the first block's maximum; a block whose sum
+// Pass 1: the log-sum-exp of a row. Exponentials go to e (row-long) with each block's shift, or to
+// `block_e` if e is null. The shift is the first block's maximum; a block whose sum
 // shows that it lies far above is taken again with its own. In double: the difference of two such
 // sums is small, and an error in it is an error of the divergence.
 template <class Real>
 double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shifts, Real* block_e,
                     Prefetch touch) {
   constexpr Real kOverflowing = Real(1e9);  // a block that exceeds the shift by far is taken again
-  const Real gain2 = source.gain2();
-  Real shift2 = 0;  // a block of -inf alone: 2^-inf, not 2^nan
+  Real shift = 0;                           // a block of -inf alone: 2^-inf, not 2^nan
   bool shifted = false;
   double sum = 0;
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
@@ -202,20 +203,20 @@ double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shi
     if (!shifted) {
       const Real top = block_max(n, source.load(start, buffer));
       shifted = top > -INFINITY;
-      if (shifted) shift2 = top * gain2;
+      if (shifted) shift = top;
     }
-    Real block_sum = source_exp(source, start, shift2, buffer, out, touch);
+    Real block_sum = source_exp(source, start, shift, buffer, out, touch);
     if (!(block_sum < kOverflowing)) {
       const Real top = block_max(n, source.load(start, buffer));
-      sum *= fast_exp2(shift2 - top * gain2);
-      shift2 = top * gain2;
-      block_sum = source_exp(source, start, shift2, buffer, out, touch);
+      sum *= std::exp(double(source.gain) * (double(shift) - double(top)));
+      shift = top;
+      block_sum = source_exp(source, start, shift, buffer, out, touch);
     }
     touch.at += touch.step * (n / kLanes);
     sum += block_sum;
-    if (shifts != nullptr) shifts[start / kBlock] = shift2;
+    if (shifts != nullptr) shifts[start / kBlock] = shift;
   }
-  return double(source.gain) * (double(shift2) / gain2) + std::log(sum);
+  return double(source.gain) * double(shift) + std::log(sum);
 }
 
 template <class Real>
