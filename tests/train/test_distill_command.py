@@ -242,6 +242,14 @@ def test_the_demonstration_is_valid():
     job.build_objective(ours)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the flag is decided by the machine")
+def test_bf16_without_an_accelerator():
+    # transformers alone refuses it unless --use_cpu is given too.
+    _, training = parse(["--student", "s", "--data", "d", "--bf16"])
+    assert training.bf16
+    assert training.device.type == "cpu"
+
+
 def test_help(capsys):
     assert job.main(["--help"]) == 0
     short = capsys.readouterr().out

@@ -120,7 +120,7 @@ def help_text(everything: bool = False) -> str:
         "Distil a language model. The student, a report and plots are left in output_dir.",
         "",
         "  stillhouse distill --teacher smollm2 --student layers:0,1,2,10,20,29 \\",
-        "      --data stdlib-docs --method taid --max_steps 110 --learning_rate 1e-3",
+        "      --data stdlib-docs --method taid --max_steps 160 --learning_rate 1e-3",
         "",
         "  --config FILE  options from a YAML or JSON file; flags win over it",
     ]
@@ -146,6 +146,7 @@ def _entry(name: str, default: Any, text: str) -> list[str]:
 
 
 def _parser() -> Any:
+    import torch
     from transformers import HfArgumentParser, TrainingArguments
 
     class Parser(HfArgumentParser):
@@ -159,7 +160,8 @@ def _parser() -> Any:
         allow_abbrev=False,
         add_help=False,
     )
-    parser.set_defaults(**DEFAULTS)
+    # Without this, transformers refuses --bf16 where there is no accelerator.
+    parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
     return parser
 
 
