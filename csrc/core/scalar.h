@@ -26,6 +26,19 @@ SH_INLINE float mul_add(float a, float b, float c) { return a * b + c; }
 SH_INLINE double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
+// A step of a polynomial. Not mul_add where a select may discard the result: GCC sinks the builtin into
+// the branch of the select, and the loop stays scalar.
+SH_INLINE float horner(float p, float x, float next) { return p * x + next; }
+SH_INLINE double horner(double p, double x, double next) { return p * x + next; }
+
+// condition ? yes : no, for vectors too (simd.h).
+template <class Real>
+SH_INLINE Real select(bool condition, Real yes, Real no) {
+  return condition ? yes : no;
+}
+SH_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+SH_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+
 // 2^y, relative error 1.5e-7; 0 below -125 (also for -inf), 2^127 from there on (its bits must not
 // wrap: a caller sees an overflow by the size), NaN for NaN. y = n + f with |f| <= 1/2: adding
 // 1.5 * 2^23 rounds, and leaves n in the low bits. The additions run beside the multiplications on

@@ -26,29 +26,35 @@ struct Sums {
   double acceptance = 0, below = 0, student_entropy = 0, teacher_entropy = 0;
 };
 
+// Elements j ... j + kWidth - 1.
 template <class In, class Real>
-SH_INLINE Element<Real> element(const Block<In, Real>& b, int64_t j) {
-  const Real z = Real(widen(b.z[j])), t = Real(widen(b.t[j]));
-  Element<Real> e;
-  e.lq = mul_add(b.z_gain, z, -b.z_lse.high) - b.z_lse.low;
-  e.lp = mul_add(b.t_gain, t, -b.t_lse.high) - b.t_lse.low;
-  e.q = b.q[j] * b.q_factor;
-  e.p = b.p[j] * b.p_factor;
+SH_INLINE Element<Lane<Real>> element(const Block<In, Real>& b, int64_t j) {
+  using L = Lane<Real>;
+  L z, t, q, p;
+  load(b.z + j, z);
+  load(b.t + j, t);
+  load(b.q + j, q);
+  load(b.p + j, p);
+  Element<L> e;
+  e.lq = mul_add(L(b.z_gain), z, L(-b.z_lse.high)) - L(b.z_lse.low);
+  e.lp = mul_add(L(b.t_gain), t, L(-b.t_lse.high)) - L(b.t_lse.low);
+  e.q = q * L(b.q_factor);
+  e.p = p * L(b.p_factor);
   // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
   // taken in double.
-  const Real gap = mul_add(-b.ratio, z, t);
-  e.delta = mul_add(b.t_gain, gap, -b.lse_difference.high) - b.lse_difference.low;
+  const L gap = mul_add(L(-b.ratio), z, t);
+  e.delta = mul_add(L(b.t_gain), gap, L(-b.lse_difference.high)) - L(b.lse_difference.low);
   return e;
 }
 
 // Pass 2 without a gradient.
 template <class Kind, class In, class Real>
 void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {};
+  Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) value[i] += kind_term<Kind>(element(b, j + i), k);
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i)
+      value.at[i] += kind_term<Kind>(element(b, j + i * kWidth<Real>), k);
   }
   sums.value += fold_sum(value);
 }
@@ -57,14 +63,14 @@ void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, 
 template <class Kind, class In, class Out, class Real>
 void block_gradient(const Block<In, Real> b, const KindParams<Real> k, Real weight, Out* gradient,
                     Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {};
+  Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      value[i] += kind_term<Kind>(e, k);
-      narrow((Kind::slope(e, k) + e.q) * weight, gradient[j + i]);
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const int64_t at = j + i * kWidth<Real>;
+      const auto e = element(b, at);
+      value.at[i] += kind_term<Kind>(e, k);
+      store((Kind::slope(e, k) + e.q) * Lane<Real>(weight), gradient + at);
     }
   }
   sums.value += fold_sum(value);
@@ -73,17 +79,17 @@ void block_gradient(const Block<In, Real> b, const KindParams<Real> k, Real weig
 // Pass 2 where H is a sum: q stays in b.q and h in b.p.
 template <class Kind, class In, class Real>
 void block_slopes(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
-  Real value[kLanes] = {}, slope[kLanes] = {};
+  Lanes<Real> value, slope;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      value[i] += kind_term<Kind>(e, k);
-      const Real h = Kind::slope(e, k);
-      slope[i] += h;
-      b.q[j + i] = e.q;
-      b.p[j + i] = h;
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const int64_t at = j + i * kWidth<Real>;
+      const auto e = element(b, at);
+      value.at[i] += kind_term<Kind>(e, k);
+      const auto h = Kind::slope(e, k);
+      slope.at[i] += h;
+      store(e.q, b.q + at);
+      store(h, b.p + at);
     }
   }
   sums.value += fold_sum(value);
@@ -95,20 +101,25 @@ template <class Out, class Real>
 void block_combine(int64_t n, const Real* q, const Real* h, Real H, Real weight, Out* gradient) {
   n &= ~(kLanes - 1);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) narrow(mul_add(-q[j], H, h[j]) * weight, gradient[j]);
+  for (int64_t j = 0; j < n; j += kWidth<Real>) {
+    Lane<Real> qj, hj;
+    load(q + j, qj);
+    load(h + j, hj);
+    store(mul_add(-qj, Lane<Real>(H), hj) * Lane<Real>(weight), gradient + j);
+  }
 }
 
 template <class In, class Real>
 void block_stats(const Block<In, Real> b, Sums& sums) {
-  Real acceptance[kLanes] = {}, below[kLanes] = {}, student[kLanes] = {}, teacher[kLanes] = {};
+  Lanes<Real> acceptance, below, student, teacher;
   for (int64_t j = 0; j < b.n; j += kLanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Element<Real> e = element(b, j + i);
-      acceptance[i] += e.q < e.p ? e.q : e.p;
-      below[i] += e.q < e.p ? e.q : Real(0);
-      student[i] += times(e.q, -e.lq);
-      teacher[i] += times(e.p, -e.lp);
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const auto e = element(b, j + i * kWidth<Real>);
+      const auto is_below = e.q < e.p;
+      acceptance.at[i] += select(is_below, e.q, e.p);
+      below.at[i] += select(is_below, e.q, Lane<Real>(0));
+      student.at[i] += times(e.q, -e.lq);
+      teacher.at[i] += times(e.p, -e.lp);
     }
   }
   sums.acceptance += fold_sum(acceptance);

@@ -10,9 +10,7 @@
 // Passes work on blocks of kBlock elements. Where student, teacher and gradient are all bfloat16 they
 // are read and written as they are; any other mix of types is widened block by block in L1, so that
 // the kernels are not a template of three input types.
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include <type_traits>
 
 #include "kernel.h"
 
@@ -47,6 +45,16 @@ void write_stats(const Problem<Real>& problem, int64_t r, RowStats<Real> row) {
   for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
 }
 
+// Source::factor of the shift it was last asked for: most rows have one.
+template <class Real>
+struct Factor {
+  Real shift = NAN, value = 0;
+  Real at(const Source<Real>& source, Real shift_now, double lse) {
+    if (shift_now != shift) value = source.factor(shift = shift_now, lse);
+    return value;
+  }
+};
+
 // One row under one kind.
 template <class Kind, class Real>
 struct DivergenceRow {
@@ -57,6 +65,7 @@ struct DivergenceRow {
   double z_lse = 0, t_lse = 0;
   Real weight = 0;
   char* gradient = nullptr;
+  Factor<Real> q_factor, p_factor;
   Sums sums;
   Prefetch touch{};
 
@@ -92,7 +101,7 @@ struct DivergenceRow {
   }
 
   template <class In>
-  Block<In, Real> block(int64_t start, const In* z, const In* t) const {
+  Block<In, Real> block(int64_t start, const In* z, const In* t) {
     Block<In, Real> b{padded(student.columns(start)),
                       z,
                       t,
@@ -116,8 +125,8 @@ struct DivergenceRow {
       block_exp(b.n, z, student.gain2(), z_shift, b.q, {reinterpret_cast<const char*>(z), 0});
       block_exp(b.n, t, teacher.gain2(), t_shift, b.p, {reinterpret_cast<const char*>(t), 0});
     }
-    b.q_factor = student.factor(z_shift, z_lse);
-    b.p_factor = teacher.factor(t_shift, t_lse);
+    b.q_factor = q_factor.at(student, z_shift, z_lse);
+    b.p_factor = p_factor.at(teacher, t_shift, t_lse);
     return b;
   }
 

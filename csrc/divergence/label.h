@@ -7,7 +7,7 @@
 template <class Real>
 struct LabelTerm {
   bool on = false;
-  Real gain = 1, gain2 = 1, shift = 0, factor = 1;  // q1 = factor 2^((x - shift) gain2)
+  Real gain = 1, gain2 = 1, shift = 0, factor = 1;  // q1 = factor 2^exponent(x)
   Real weight = 0, uniform = 0, hot = 0, value = 0;
   int64_t label = 0;
 
@@ -52,22 +52,20 @@ struct LabelTerm {
       const Real* x = source.load(start, buffer);
       const int64_t n = padded(source.columns(start));
       block_exp(n, x, gain2, shift, e, {source.row, 0});
-      Real lanes[kLanes] = {};
-      for (int64_t j = 0; j < n; j += kLanes) {
-#pragma omp simd
-        for (int64_t i = 0; i < kLanes; ++i)
-          lanes[i] += times(factor * e[j + i], lse - gain * x[j + i]);
-      }
-      sum += fold_sum(lanes);
+      Real part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < n; ++j) part += times(factor * e[j], lse - gain * x[j]);
+      sum += part;
     }
     return Real(sum);
   }
 
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
     n &= ~(kLanes - 1);
+    const Exponent<Real> exponent(gain2, shift);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const Real q1 = factor * fast_exp2((x[j] - shift) * gain2);
+      const Real q1 = factor * fast_exp2(exponent(x[j]));
       gradient[j] += weight * (q1 - (x[j] > -INFINITY ? uniform : Real(0)));
     }
     if (label >= start && label < start + n) gradient[label - start] -= weight * hot;

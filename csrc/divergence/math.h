@@ -14,7 +14,7 @@
 //
 // A new divergence: one struct here, one line in SH_DIVERGENCE_KINDS, its series in series.h.
 #pragma once
-#include "../core/scalar.h"
+#include "../core/simd.h"
 
 namespace stillhouse {
 
@@ -36,35 +36,30 @@ struct KindParams {
 // mass * x with 0 * (+-inf) = 0
 template <class Real>
 SH_INLINE Real times(Real mass, Real x) {
-  const Real product = mass * x;
-  return mass > Real(0) ? product : Real(0);
+  return select(mass > Real(0), mass * x, Real(0));
 }
-
-SH_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
-SH_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 
 // |delta| below which the series takes over: its terms leave 1e-6 (float) and 1e-15 (double) there, the
 // direct form loses 1e-5 and 1e-10 of its value.
 SH_INLINE float near_limit(float) { return 0.15f; }
 SH_INLINE double near_limit(double) { return 1e-3; }
 
-template <class Real>
-SH_INLINE Real near_term(const Element<Real>& e, const KindParams<Real>& k) {
-  // Not mul_add: GCC sinks the builtin into the branch of the select, and the loop stays scalar.
-  Real c = k.series[kSeriesTerms - 1];
-  for (int i = kSeriesTerms - 2; i >= 0; --i) c = c * e.delta + k.series[i];
+template <class Real, class Number>
+SH_INLINE Real near_term(const Element<Real>& e, const KindParams<Number>& k) {
+  Real c(k.series[kSeriesTerms - 1]);
+  for (int i = kSeriesTerms - 2; i >= 0; --i) c = horner(c, e.delta, Real(k.series[i]));
   return e.q * (e.delta * e.delta) * c;
 }
 
 // KL(p || q)
 struct ForwardKL {
   static constexpr bool kSeries = true, kUnitSlope = true;  // sum of slopes is -1
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.p, e.delta) + (e.q - e.p);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     return -e.p;
   }
 };
@@ -72,12 +67,12 @@ struct ForwardKL {
 // KL(q || p)
 struct ReverseKL {
   static constexpr bool kSeries = true, kUnitSlope = false;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.q, -e.delta) + (e.p - e.q);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.q, -e.delta);
   }
 };
@@ -89,57 +84,57 @@ struct MixtureLogs {
   Real q_over_m, p_over_m;
   SH_INLINE MixtureLogs(const Element<Real>& e, Real b) {
     const Real m = mul_add(b, e.p, (Real(1) - b) * e.q);
-    const bool teacher_larger = e.p > e.q;
-    const Real larger = fast_log((teacher_larger ? e.p : e.q) / m);
-    q_over_m = teacher_larger ? larger - e.delta : larger;
-    p_over_m = teacher_larger ? larger : larger + e.delta;
+    const auto teacher_larger = e.p > e.q;
+    const Real larger = fast_log(select(teacher_larger, e.p, e.q) / m);
+    q_over_m = select(teacher_larger, larger - e.delta, larger);
+    p_over_m = select(teacher_larger, larger, larger + e.delta);
   }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
 struct JSD {
   static constexpr bool kSeries = true, kUnitSlope = false;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
-    const MixtureLogs<Real> logs(e, k.a);
-    return mul_add(k.a, times(e.p, logs.p_over_m), (Real(1) - k.a) * times(e.q, logs.q_over_m));
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    const MixtureLogs<Real> logs(e, Real(k.a));
+    return mul_add(Real(k.a), times(e.p, logs.p_over_m), Real(1 - k.a) * times(e.q, logs.q_over_m));
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
-    const MixtureLogs<Real> logs(e, k.a);
-    return (Real(1) - k.a) * times(e.q, logs.q_over_m);
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    const MixtureLogs<Real> logs(e, Real(k.a));
+    return Real(1 - k.a) * times(e.q, logs.q_over_m);
   }
 };
 
 // KL(p || m), m = alpha p + (1 - alpha) q
 struct SkewKL {
   static constexpr bool kSeries = true, kUnitSlope = false;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = mul_add(k.a, e.p, (Real(1) - k.a) * e.q);
-    return times(e.p, MixtureLogs<Real>(e, k.a).p_over_m) + (m - e.p);
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real m = mul_add(Real(k.a), e.p, Real(1 - k.a) * e.q);
+    return times(e.p, MixtureLogs<Real>(e, Real(k.a)).p_over_m) + (m - e.p);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = mul_add(k.a, e.p, (Real(1) - k.a) * e.q);
-    const Real share = (Real(1) - k.a) * (e.q - e.p) / m;  // 1 - p / m, exactly 0 at p = q
-    return times(e.q, (Real(1) - k.a) * share);
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real m = mul_add(Real(k.a), e.p, Real(1 - k.a) * e.q);
+    const Real share = Real(1 - k.a) * (e.q - e.p) / m;  // 1 - p / m, exactly 0 at p = q
+    return times(e.q, Real(1 - k.a) * share);
   }
 };
 
 // KL(q || m), m = (1 - alpha) p + alpha q
 struct SkewReverseKL {
   static constexpr bool kSeries = true, kUnitSlope = false;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = mul_add(k.a, e.q, (Real(1) - k.a) * e.p);
-    return times(e.q, MixtureLogs<Real>(e, Real(1) - k.a).q_over_m) + (m - e.q);
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real m = mul_add(Real(k.a), e.q, Real(1 - k.a) * e.p);
+    return times(e.q, MixtureLogs<Real>(e, Real(1 - k.a)).q_over_m) + (m - e.q);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>& k) {
-    const Real m = mul_add(k.a, e.q, (Real(1) - k.a) * e.p);
-    const Real share = (Real(1) - k.a) * (e.p - e.q) / m;  // 1 - q / m, exactly 0 at p = q
-    return times(e.q, MixtureLogs<Real>(e, Real(1) - k.a).q_over_m + k.a * share);
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real m = mul_add(Real(k.a), e.q, Real(1 - k.a) * e.p);
+    const Real share = Real(1 - k.a) * (e.p - e.q) / m;  // 1 - q / m, exactly 0 at p = q
+    return times(e.q, MixtureLogs<Real>(e, Real(1 - k.a)).q_over_m + Real(k.a) * share);
   }
 };
 
@@ -147,12 +142,12 @@ struct SkewReverseKL {
 // puts p_t in the teacher's place.
 struct TAID {
   static constexpr bool kSeries = false, kUnitSlope = true;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.p, -e.lq);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     return -e.p;
   }
 };
@@ -160,14 +155,14 @@ struct TAID {
 // sum |p - q| / 2
 struct TVD {
   static constexpr bool kSeries = false, kUnitSlope = false;
-  template <class Real>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Real>&) {
-    return Real(0.5) * (e.p > e.q ? e.p - e.q : e.q - e.p);
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
+    return Real(0.5) * magnitude(e.p - e.q);
   }
-  template <class Real>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Real>&) {
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     const Real half = Real(0.5) * e.q;
-    return e.q > e.p ? half : (e.q < e.p ? -half : Real(0));
+    return select(e.q > e.p, half, select(e.q < e.p, -half, Real(0)));
   }
 };
 
@@ -184,13 +179,11 @@ struct TVD {
 
 constexpr int kCrossEntropy = 0, kTAID = 6;
 
-template <class Kind, class Real>
-SH_INLINE Real kind_term(const Element<Real>& e, const KindParams<Real>& k) {
+template <class Kind, class Real, class Number>
+SH_INLINE Real kind_term(const Element<Real>& e, const KindParams<Number>& k) {
   const Real far = Kind::term(e, k);
-  if constexpr (Kind::kSeries) {
-    const Real near = near_term(e, k);
-    return magnitude(e.delta) < near_limit(far) ? near : far;
-  }
+  if constexpr (Kind::kSeries)
+    return select(magnitude(e.delta) < Real(near_limit(k.a)), near_term(e, k), far);
   return far;
 }
 

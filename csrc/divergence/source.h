@@ -4,6 +4,55 @@
 
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// Sums are kept in kLanes lanes and folded once a block.
+template <class Real>
+constexpr int64_t kSteps = kLanes / kWidth<Real>;
+template <class Real>
+struct Lanes {
+  Lane<Real> at[kSteps<Real>] = {};
+};
+
+template <class Real>
+SH_INLINE Real fold_sum(Lanes<Real>& sum) {
+  for (int64_t width = kSteps<Real> / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) sum.at[i] += sum.at[i + width];
+  return sum_of(sum.at[0]);
+}
+
+template <class Real, class In>
+Real block_max(int64_t n, const In* x) {
+  Lanes<Real> max;
+  for (auto& lane : max.at) lane = Lane<Real>(-INFINITY);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      Lane<Real> xi;
+      load(x + j + i * kWidth<Real>, xi);
+      max.at[i] = larger(xi, max.at[i]);
+    }
+  }
+  for (int64_t i = 1; i < kSteps<Real>; ++i) max.at[0] = larger(max.at[i], max.at[0]);
+  return max_of(max.at[0]);
+}
+
+// (x - shift) gain2, without an error that grows with x. The difference comes first, which is exact
+// where it matters. Or, for floats with an fma, the product does, which is exact always; what is then
+// lost in rounding `shift gain2` is the same for the whole block, and origin() knows it.
+template <class Number>
+struct Exponent {
+#if defined(__FMA__) || defined(__aarch64__)
+  static constexpr bool kFused = !std::is_same<Number, double>::value;
+#else
+  static constexpr bool kFused = false;
+#endif
+  Number gain2, offset;
+  template <class Real>
+  SH_INLINE Exponent(Real gain2, Real shift) : gain2(gain2), offset(kFused ? shift * gain2 : shift) {}
+  SH_INLINE Number operator()(Number x) const {
+    if constexpr (kFused) return mul_add(x, gain2, -offset);
+    return (x - offset) * gain2;
+  }
+};
+
 // Tempered logit = gain * x, with x from load().
 template <class Real>
 struct Source {
@@ -35,10 +84,16 @@ struct Source {
 
   Real gain2() const { return Real(gain * kLog2e); }  // tempered logits in powers of two
 
-  // What turns exponentials relative to `shift` into probabilities.
-  Real factor(Real shift, double lse) const {
-    return Real(std::exp(double(gain) * double(shift) - lse));
+  // log of what an exponential of 1 relative to `shift` stands for.
+  double origin(Real shift) const {
+    double residue = 0;  // of the rounded offset; the product of two floats is exact in double
+    if (Exponent<Real>::kFused)
+      residue = double(shift) * double(gain2()) - double(Real(shift * gain2()));
+    return double(gain) * double(shift) - residue / kLog2e;
   }
+
+  // What turns exponentials relative to `shift` into probabilities.
+  Real factor(Real shift, double lse) const { return Real(std::exp(origin(shift) - lse)); }
 
   int64_t columns(int64_t start) const { return vocab - start < kBlock ? vocab - start : kBlock; }
 
@@ -70,6 +125,19 @@ struct Source {
     return buffer;
   }
 
+  Real top(int64_t start, Real* buffer) const {
+    return with_block(start, buffer, [](int64_t n, auto* x) { return block_max<Real>(n, x); });
+  }
+
+  // f(padded columns, x) with the block as bfloat16 where it can be read as it lies, else as Real.
+  template <class F>
+  SH_INLINE Real with_block(int64_t start, Real* buffer, F f) const {
+    const int64_t n = padded(columns(start));
+    if constexpr (sizeof(Real) == 4)
+      if (dtype == Dtype::bf16 && plain(start)) return f(n, plain_block<Bf16>(start));
+    return f(n, load(start, buffer));
+  }
+
  private:
   void mix(int64_t start, int64_t end, Real* buffer) const {
     Real other[kBlock];
@@ -92,98 +160,23 @@ struct Prefetch {
   }
 };
 
-// Sums and maxima are kept in kLanes lanes and folded once a block.
-template <class Real>
-SH_INLINE Real fold_sum(const Real* lanes) {
-  Real half[kLanes / 2];
-  for (int64_t i = 0; i < kLanes / 2; ++i) half[i] = lanes[i] + lanes[i + kLanes / 2];
-  for (int64_t width = kLanes / 4; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) half[i] += half[i + width];
-  return half[0];
-}
-
-template <class Real>
-SH_INLINE Real fold_max(const Real* lanes) {
-  Real max = lanes[0];
-  for (int64_t i = 1; i < kLanes; ++i) max = lanes[i] > max ? lanes[i] : max;
-  return max;
-}
-
-template <class Real>
-Real block_max(int64_t n, const Real* x) {
-  Real max[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) max[i] = -INFINITY;
-  for (int64_t j = 0; j < n; j += kLanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) max[i] = x[j + i] > max[i] ? x[j + i] : max[i];
-  }
-  return fold_max(max);
-}
-
-// e_j = 2^((x_j - shift) gain2), and their sum. The difference comes first: it is exact where it matters.
+// e_j = 2^exponent(x_j), and their sum.
 template <class In, class Real>
 Real block_exp(int64_t n, const In* x, Real gain2, Real shift, Real* e, Prefetch touch) {
-  Real sum[kLanes] = {};
+  const Exponent<Lane<Real>> exponent(gain2, shift);
+  Lanes<Real> sum;
   for (int64_t j = 0; j < n; j += kLanes) {
     touch();
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Real ei = fast_exp2((Real(widen(x[j + i])) - shift) * gain2);
-      e[j + i] = ei;
-      sum[i] += ei;
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const int64_t at = j + i * kWidth<Real>;
+      Lane<Real> xi;
+      load(x + at, xi);
+      const Lane<Real> ei = fast_exp2(exponent(xi));
+      store(ei, e + at);
+      sum.at[i] += ei;
     }
   }
   return fold_sum(sum);
-}
-
-#if defined(__AVX512F__)
-// By hand where the instructions are there: y - floor(y) and p 2^floor(y) are one each, and both are
-// right at -inf, so that 8 instructions make an exponential instead of 13.
-inline __m512 widen_16(const float* x) { return _mm512_loadu_ps(x); }
-inline __m512 widen_16(const Bf16* x) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline __m512 exp2_16(__m512 y) {
-  constexpr int kMinusFloor = 0x09;  // y - floor(y), without exceptions
-  const __m512 f = _mm512_reduce_ps(y, kMinusFloor);
-  __m512 p = _mm512_set1_ps(0.0018670836729f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0090171473744f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0557998098027f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240164487032f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693151307491f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, y);
-}
-
-template <class In>
-float block_exp(int64_t n, const In* x, float gain2, float shift, float* e, Prefetch touch) {
-  const __m512 g = _mm512_set1_ps(gain2), s = _mm512_set1_ps(shift);
-  __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n; j += 32) {
-    touch();
-    const __m512 e0 = exp2_16(_mm512_mul_ps(_mm512_sub_ps(widen_16(x + j), s), g));
-    const __m512 e1 = exp2_16(_mm512_mul_ps(_mm512_sub_ps(widen_16(x + j + 16), s), g));
-    _mm512_storeu_ps(e + j, e0);
-    _mm512_storeu_ps(e + j + 16, e1);
-    sum0 = _mm512_add_ps(sum0, e0);
-    sum1 = _mm512_add_ps(sum1, e1);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
-}
-#endif
-
-template <class Real>
-Real source_exp(const Source<Real>& source, int64_t start, Real shift, Real* buffer, Real* e,
-                Prefetch touch) {
-  const int64_t n = padded(source.columns(start));
-  const Real gain2 = source.gain2();
-  if constexpr (sizeof(Real) == 4) {
-    if (source.dtype == Dtype::bf16 && source.plain(start))
-      return block_exp(n, source.template plain_block<Bf16>(start), gain2, shift, e, touch);
-  }
-  return block_exp(n, source.load(start, buffer), gain2, shift, e, touch);
 }
 
 // Pass 1: the log-sum-exp of a row. Exponentials go to e (row-long) with each block's shift, or to
@@ -198,25 +191,29 @@ double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shi
   bool shifted = false;
   double sum = 0;
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
-    const int64_t n = padded(source.columns(start));
     Real* out = e != nullptr ? e + start : block_e;
+    const auto take = [&] {
+      return source.with_block(start, buffer, [&](int64_t n, auto* x) {
+        return block_exp(n, x, source.gain2(), shift, out, touch);
+      });
+    };
     if (!shifted) {
-      const Real top = block_max(n, source.load(start, buffer));
+      const Real top = source.top(start, buffer);
       shifted = top > -INFINITY;
       if (shifted) shift = top;
     }
-    Real block_sum = source_exp(source, start, shift, buffer, out, touch);
+    Real block_sum = take();
     if (!(block_sum < kOverflowing)) {
-      const Real top = block_max(n, source.load(start, buffer));
-      sum *= std::exp(double(source.gain) * (double(shift) - double(top)));
+      const Real top = source.top(start, buffer);
+      sum *= std::exp(source.origin(shift) - source.origin(top));
       shift = top;
-      block_sum = source_exp(source, start, shift, buffer, out, touch);
+      block_sum = take();
     }
-    touch.at += touch.step * (n / kLanes);
+    touch.at += touch.step * (padded(source.columns(start)) / kLanes);
     sum += block_sum;
     if (shifts != nullptr) shifts[start / kBlock] = shift;
   }
-  return double(source.gain) * double(shift) + std::log(sum);
+  return source.origin(shift) + std::log(sum);
 }
 
 template <class Real>
@@ -224,12 +221,11 @@ int64_t first_argmax(const Source<Real>& source, Real* buffer) {
   Real top = -INFINITY;
   int64_t index = 0;
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
-    const Real* x = source.load(start, buffer);
-    const int64_t n = source.columns(start);
-    const Real m = block_max(padded(n), x);
+    const Real m = source.top(start, buffer);
     if (!(m > top)) continue;
     top = m;
-    for (int64_t j = n - 1; j >= 0; --j)
+    const Real* x = source.load(start, buffer);
+    for (int64_t j = source.columns(start) - 1; j >= 0; --j)
       if (x[j] == m) index = start + j;
   }
   return index;
