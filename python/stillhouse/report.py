@@ -208,11 +208,14 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def machine() -> str:
-    """One line: processor, cores this process may use, system."""
+    """One line: GPU if there is one, processor, cores this process may use, system."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         processor = names[0] if names else processor
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        processor = f"{torch.cuda.get_device_name()}, {processor}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{processor}, {cores} cores, {platform.system()} {platform.machine()}"
 

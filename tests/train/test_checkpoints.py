@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from stillhouse.train.checkpoints import (
     checkpoints,
     is_complete,
+    is_foreign,
     mark_complete,
     newest_complete,
     prune,
@@ -50,6 +51,14 @@ def test_what_is_complete(tmp_path):
     assert newest_complete(tmp_path / "nowhere") is None
 
 
+def test_a_foreign_checkpoint_is_no_torn_one(tmp_path):
+    foreign, torn = make(tmp_path, 1, complete=False), make(tmp_path, 2, complete=False)
+    (foreign / "trainer_state.json").write_text("{}")
+    assert is_foreign(foreign)
+    assert not is_foreign(torn)
+    assert not is_foreign(make(tmp_path, 3))
+
+
 def test_prune_keeps_the_newest_and_the_protected(tmp_path):
     for step in (2, 10, 30, 100):
         make(tmp_path, step)
@@ -65,7 +74,8 @@ STEPS = 36
 @pytest.fixture
 def command(tmp_path, llama, tokenizer):
     """command(name, *flags): a run of 36 steps as a process, its output a pipe."""
-    llama(3, seed=1).save_pretrained(tmp_path / "teacher")
+    # With dropout, so that a resumed run must restore the random state too.
+    llama(3, seed=1, attention_dropout=0.1).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     words = "".join(random.Random(1).choices("abcdefgh ", k=6000))
     (tmp_path / "text.txt").write_text(words)

@@ -95,3 +95,32 @@ def test_collate_does_not_touch_the_examples(examples):
     collate(examples.examples)
     for mask, example in zip(before, examples.examples, strict=True):
         assert np.array_equal(mask, example.loss_mask)
+
+
+def test_messages_win_over_text(tokenizer):
+    record = {"text": "raw", "messages": TURNS}
+    (example,) = encode([record], [0], tokenizer, 400).examples
+    assert supervised(example, tokenizer) == supervised(chat_example(TURNS, tokenizer), tokenizer)
+
+
+def test_an_opening_answer_is_context(tokenizer):
+    turns = [{"role": "assistant", "content": "Hello!"}, *TURNS]
+    example = chat_example(turns, tokenizer)
+    assert supervised(example, tokenizer) == supervised(chat_example(TURNS, tokenizer), tokenizer)
+    assert "Hello!" in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": None}, "text of record 1 is NoneType, not text"),
+        ({"prompt": "a", "response": None}, "record 1 .*: response of record 1 is NoneType"),
+        ({"messages": None}, "record 1 cannot be encoded: messages must be a list"),
+        ({"messages": ["who?"]}, "record 1 cannot be encoded"),
+    ],
+)
+def test_a_broken_record_is_named(tokenizer, record, message):
+    whole = {"text": "abc", "prompt": "a", "response": "b", "messages": TURNS}
+    first = {name: whole[name] for name in record}
+    with pytest.raises(ValueError, match=message):
+        encode([first, record], [0, 1], tokenizer, 64)

@@ -29,6 +29,8 @@ def test_two_processes_equal_one(tmp_path, llama, tokenizer):
             "method_options": "alpha=auto",
             "output_dir": tmp_path / name,
             "max_steps": 6,
+            "gradient_accumulation_steps": 2,
+            "control": "true",
             "per_device_train_batch_size": batch_size,
             "per_device_eval_batch_size": 3,
             "learning_rate": 1e-2,
@@ -50,6 +52,8 @@ def test_two_processes_equal_one(tmp_path, llama, tokenizer):
     losses = [report["curves"]["loss"]["series"]["taid"][1] for report in (one, two)]
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert one["tokens"] == two["tokens"]
+    for label in ("student", "control"):
+        assert one["tokens"][label] == two["tokens"][label]
+    assert two["perplexity"]["control"] == pytest.approx(one["perplexity"]["control"], rel=1e-4)
     for name in ("kl_to_teacher", "acceptance"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)

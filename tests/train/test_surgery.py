@@ -97,3 +97,33 @@ def test_blocks_that_do_not_exist(llama):
         take_layers(llama(2), [0, 2])
     with pytest.raises(ValueError, match="no layer was named"):
         take_layers(llama(2), [])
+
+
+def test_configurations_with_another_name_for_the_depth():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, eos_token_id=[1, 2, 3])
+    student = take_layers(GPT2LMHeadModel(config), [0, 2])
+    assert student.config.num_hidden_layers == len(student.transformer.h) == 2
+    assert student.config.eos_token_id == [1, 2, 3]
+
+
+def test_a_pattern_of_layers_that_the_cut_would_break():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mlp_only_layers=[0, 1],
+    )
+    model = Qwen3MoeForCausalLM(config)
+    assert len(take_layers(model, [0, 1, 3]).model.layers) == 3
+    with pytest.raises(ValueError, match="does not describe these layers"):
+        take_layers(model, [0, 3])

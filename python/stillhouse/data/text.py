@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,17 @@ def read(source: str | Path) -> Sequence[Record]:
     if len(records) == 0:
         raise ValueError(f"{path} is empty: no document in it")
     columns = _columns(records)
-    layout = next((layout for layout in LAYOUTS if columns.issuperset(layout)), None)
-    if layout is None:
+    if layout(columns) is None:
         raise ValueError(
             f"{path} has the columns {', '.join(sorted(columns))}: expected text, messages, "
             "or prompt and response"
         )
     return records
+
+
+def layout(columns: Collection[str]) -> tuple[str, ...] | None:
+    """The columns that a record is read by, or None where there is no known set of them."""
+    return next((each for each in LAYOUTS if set(each) <= set(columns)), None)
 
 
 def holdout(records: Sequence[Record], share: float) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 
@@ -69,18 +70,44 @@ def take_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
                 module.layer_idx = position
         kept.append(block)
     memo[id(stack)] = kept
-    return copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo)
+    if hasattr(model, "config"):
+        _require_loadable(result)
+    return result
+
+
+def _require_loadable(model: nn.Module) -> None:
+    """Raise ValueError unless the model's configuration describes it: lists of layer numbers
+    (mlp_only_layers) and rules of them (every second block sparse) do not survive the cut."""
+    with torch.device("meta"):
+        described = type(model)(copy.deepcopy(model.config)).state_dict()
+    own = model.state_dict()
+    differing = sorted(
+        {name for name in own if name not in described or own[name].shape != described[name].shape}
+        | (described.keys() - own.keys())
+    )
+    if differing:
+        raise ValueError(
+            f"{type(model.config).__name__} does not describe these layers ({differing[0]} "
+            "differs): the model could not be loaded again; take layers that keep its pattern"
+        )
 
 
 def _shallower(config: object, layers: list[int]) -> object:
     """A copy of a `transformers` configuration for the kept layers."""
     values = config.to_dict()
-    depth = values["num_hidden_layers"]
+    depth_name = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    if depth_name not in values:
+        raise ValueError(
+            f"{type(config).__name__} does not say how many blocks there are: take layers of the "
+            "submodel that has them"
+        )
+    depth = values[depth_name]
     for name, value in values.items():
         # One entry a layer: attention kinds (layer_types), rotary switches (no_rope_layers), ...
-        if isinstance(value, list) and len(value) == depth:
+        if isinstance(value, list) and len(value) == depth and not name.endswith("_token_id"):
             values[name] = [value[layer] for layer in layers]
-    values["num_hidden_layers"] = len(layers)
+    values[depth_name] = len(layers)
     result = type(config).from_dict(values)
     # The attention implementation is chosen at load and is not part of the dict.
     result._attn_implementation = config._attn_implementation

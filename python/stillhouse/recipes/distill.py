@@ -16,11 +16,17 @@ from stillhouse import ops
 from stillhouse.errors import UsageError, exit_code
 from stillhouse.methods.catalog import METHODS
 from stillhouse.recipes.distill_job import Job, Run
-from stillhouse.recipes.distill_report import fill, load_command
+from stillhouse.recipes.distill_report import fill, generations, load_command
 from stillhouse.report import Report
 from stillhouse.train import DivergenceObjective, Objective
 from stillhouse.train.arguments import DistillArguments, help_text, parse
-from stillhouse.train.checkpoints import checkpoints, is_complete, newest_complete, remove_torn
+from stillhouse.train.checkpoints import (
+    checkpoints,
+    is_complete,
+    is_foreign,
+    newest_complete,
+    remove_torn,
+)
 
 DEMONSTRATION = Path(__file__).with_name("distill.yaml")
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "cross_entropy")
@@ -50,18 +56,22 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
         raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
     _check_directory(arguments, training)
     job = Job(arguments, training)
-    with training.main_process_first(desc="checkpoints"):
+    with training.main_process_first(local=False, desc="checkpoints"):
         checkpoint = _starting_point(arguments, training)
     trainer = job.trainer(arguments.method, objective, training)
-    untouched = job.evaluate(trainer)
+    # A sharded model can only be prepared together with its optimiser.
+    untouched = {} if trainer.is_fsdp_enabled else job.evaluate(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    runs = [Run(arguments.method, trainer, job.evaluate(trainer))]
+    runs = [Run.of(trainer, arguments.method, job.evaluate(trainer))]
     folder = job.save(trainer)
+    del trainer  # its weights and its optimiser are not to lie beside the control's
     if arguments.control:
         runs += job.controls(runs[0])
     report = Report(Path(training.output_dir).name, training.output_dir)
     if training.process_index == 0:
         fill(report, job, runs, untouched, folder)
+        report.save()  # what was measured is safe, whatever the student writes
+        report.value("generations", generations(job, folder))
         report.save()
         print(f"student: {folder}\nload it: {load_command(folder)}")
     return report
@@ -69,14 +79,12 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
 
 def build_objective(arguments: DistillArguments) -> Objective:
     """The objective that `--method` and its options name. Raises UsageError for unknown ones."""
-    import yaml
-
     name, options = arguments.method, {}
     for pair in arguments.method_options:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UsageError(f"expected --method_options name=value, got {pair!r}")
-        options[key] = yaml.safe_load(value)
+        options[key] = _option_value(key, value)
     shared = {"temperature": arguments.temperature, "label_weight": arguments.label_weight}
     method = METHODS.get(name)
     if name not in KINDS and (method is None or method.objective is None):
@@ -96,15 +104,39 @@ def build_objective(arguments: DistillArguments) -> Objective:
         raise UsageError(f"--method {name} does not take these options: {error}") from error
 
 
+def _option_value(key: str, text: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--method_options {key}={text} cannot be read: {error}") from error
+    try:
+        return float(value) if isinstance(value, str) else value  # to YAML, 5e-4 is a word
+    except ValueError:
+        return value
+
+
 def _check_directory(arguments: DistillArguments, training: Any) -> None:
     """Refuse to overwrite, or to resume from half a checkpoint, before anything loads."""
     chosen = training.resume_from_checkpoint
     if chosen is not None and not is_complete(chosen):
         raise UsageError(f"{chosen} is no complete checkpoint: --resume finds the newest one")
     found = checkpoints(training.output_dir)
-    if found and chosen is None and not (arguments.resume or arguments.overwrite):
+    if chosen is not None or arguments.overwrite and not arguments.resume:
+        return
+    if arguments.resume:
+        foreign = [path.name for path in found if is_foreign(path)]
+        if foreign:
+            raise UsageError(
+                f"{training.output_dir} holds {foreign[-1]}, which another trainer wrote: it cannot "
+                "be resumed here; name another --output_dir"
+            )
+        return
+    held = [path.name for path in (*found, Path(training.output_dir, "student")) if path.exists()]
+    if held:
         raise UsageError(
-            f"{training.output_dir} already holds {found[-1].name}: continue with --resume, start "
+            f"{training.output_dir} already holds {held[-1]}: continue with --resume, start "
             "again with --overwrite, or name another --output_dir"
         )
 
@@ -119,13 +151,14 @@ def _starting_point(arguments: DistillArguments, training: Any) -> str | None:
             shutil.rmtree(path)
     if not arguments.resume:
         return None
+    say = print if training.process_index == 0 else (lambda text: None)
     for path in remove_torn(directory):
-        print(f"removed {path}: it was not written to its end")
+        say(f"removed {path}: it was not written to its end")
     newest = newest_complete(directory)
     if newest is None:
-        print(f"no complete checkpoint in {directory} yet: starting at the first step")
+        say(f"no complete checkpoint in {directory} yet: starting at the first step")
         return None
-    print(f"continuing from {newest}")
+    say(f"continuing from {newest}")
     return str(newest)
 
 

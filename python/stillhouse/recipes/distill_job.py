@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,32 @@ from stillhouse.train.examples import collate, encode
 
 @dataclass
 class Run:
-    """One finished training run."""
+    """What is left of one finished training run: numbers."""
 
     name: str
-    trainer: Any
     metrics: dict[str, float]
+    steps: int
+    tokens: int
+    seconds: dict[str, float]  # as DistillTrainer.seconds
+    history: list[dict[str, float]]  # the training entries of the trainer's log
+
+    @classmethod
+    def of(cls, trainer: Any, name: str, metrics: dict[str, float]) -> Run:
+        state = trainer.state
+        history = [entry for entry in state.log_history if "loss" in entry]
+        return cls(name, metrics, state.global_step, trainer.tokens, trainer.seconds(), history)
 
     def row(self) -> dict[str, object]:
-        seconds = self.trainer.seconds()["total"]
+        seconds = self.seconds["total"]
         return {
             "model": self.name,
             "perplexity": self.metrics.get("perplexity"),
             "KL to teacher": self.metrics.get("forward_kl"),
             "acceptance": self.metrics.get("acceptance"),
-            "steps": self.trainer.state.global_step,
-            "tokens": int(self.trainer.tokens),
+            "steps": self.steps,
+            "tokens": self.tokens,
             "seconds": seconds,
-            "tokens/s": self.trainer.tokens / seconds if seconds else None,
+            "tokens/s": self.tokens / seconds if seconds else None,
         }
 
 
@@ -57,7 +67,7 @@ class Job:
                 own = models.load_tokenizer(student)
             models.check_pair(self._fresh, self.teacher, own, self.tokenizer, arguments.vocab_size)
         else:
-            models.check_vocabulary(self._fresh, self.tokenizer)
+            models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
         models.check_length(self._fresh, self.teacher, arguments.max_length)
         self.train_set, self.eval_set = self._examples(records, other)
         if training.process_index == 0:
@@ -142,6 +152,7 @@ class Job:
     def controls(self, run: Run) -> list[Run]:
         """Cross-entropy from the same start on the same batches, and once more for as many steps
         as fit into the seconds of `run` (its steps are cheaper: no teacher)."""
+        from accelerate.utils import broadcast_object_list
         from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
         results = []
@@ -151,26 +162,34 @@ class Job:
             training.save_strategy = SaveStrategy.NO
             training.eval_strategy = IntervalStrategy.NO
             training.load_best_model_at_end = False
-            training.max_steps = run.trainer.state.global_step
+            training.max_steps = run.steps
             if results:
-                per_step = results[0].trainer.seconds()["total"] / training.max_steps
-                training.max_steps = max(1, round(run.trainer.seconds()["total"] / per_step))
+                per_step = results[0].seconds["total"] / run.steps
+                steps = [max(1, round(run.seconds["total"] / per_step))]
+                # One number for all processes: each has its own clock.
+                training.max_steps = broadcast_object_list(steps)[0]
             objective = DivergenceObjective("cross_entropy")
             trainer = self.trainer(f"control ({name})", objective, training)
             trainer.train()
-            results.append(Run(f"control, {name}", trainer, self.evaluate(trainer)))
+            results.append(Run.of(trainer, f"control, {name}", self.evaluate(trainer)))
         return results
 
     def save(self, trainer: Any) -> Path:
         """The student as an ordinary `save_pretrained` folder, adapters merged."""
+        trainer.require_finite_weights()
         folder = Path(self.training.output_dir) / "student"
+        partial = folder.with_name("student.partial")
         if self.arguments.lora_rank:
             if self.training.process_index == 0:
                 merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-                merged.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
+                merged.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
         else:
-            trainer.save_model(str(folder))
+            trainer.save_model(str(partial))
+        if self.training.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        trainer.accelerator.wait_for_everyone()
         return folder
 
 

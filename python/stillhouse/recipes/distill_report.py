@@ -33,19 +33,18 @@ def fill(
     perplexity = {"teacher": teacher["perplexity"], "untouched": untouched.get("perplexity")}
     perplexity |= {name: None for name in names}
     perplexity |= {name: row["perplexity"] for name, row in zip(names, rows, strict=False)}
-    seconds = student.trainer.seconds()
     report.value("perplexity", perplexity)
     report.value("tokens", {n: row["tokens"] for n, row in zip(names, rows, strict=False)})
     report.value("steps", {n: row["steps"] for n, row in zip(names, rows, strict=False)})
     report.value("kl_to_teacher", rows[0]["KL to teacher"])
     report.value("acceptance", rows[0]["acceptance"])
-    report.value("seconds", seconds)
+    report.value("seconds", student.seconds)
     report.value("tokens_per_second", rows[0]["tokens/s"])
     report.table(
         f"where the time of {student.name} went",
         [
-            {"part": part, "seconds": spent, "share": spent / max(seconds["total"], 1e-9)}
-            for part, spent in seconds.items()
+            {"part": part, "seconds": spent, "share": spent / max(student.seconds["total"], 1e-9)}
+            for part, spent in student.seconds.items()
         ],
     )
     for control in controls if job.eval_set else []:
@@ -56,24 +55,19 @@ def fill(
             seeds=[job.training.seed],
             relation="<=",
         )
-    history = {
-        run.name: [entry for entry in run.trainer.state.log_history if "loss" in entry]
-        for run in runs
-    }
     report.curve(
         "loss",
-        {name: [entry["step"] for entry in log] for name, log in history.items()},
-        {name: [entry["loss"] for entry in log] for name, log in history.items()},
+        {run.name: [entry["step"] for entry in run.history] for run in runs},
+        {run.name: [entry["loss"] for entry in run.history] for run in runs},
         ylabel="loss (nats a token)",
     )
     report.value("processes", job.training.world_size)
     report.value("configuration", _configuration(job))
     report.value("model", str(folder))
     report.value("load", load_command(folder))
-    report.value("generations", _generations(job, folder))
 
 
-def _generations(job: Job, folder: Path) -> list[dict[str, str]]:
+def generations(job: Job, folder: Path) -> list[dict[str, str]]:
     """How the saved student continues two held-out texts, greedily."""
     from transformers import AutoModelForCausalLM
 
@@ -99,15 +93,13 @@ def _generations(job: Job, folder: Path) -> list[dict[str, str]]:
 
 def _configuration(job: Job) -> dict[str, object]:
     """Our arguments, and those of the training that differ from the library's defaults."""
-    chosen = job.training.to_sanitized_dict()
-    defaults = {
-        field.name: field.default for field in fields(job.training) if field.default is not MISSING
-    }
-    changed = {
-        name: value
-        for name, value in chosen.items()
-        if name in defaults and value != defaults[name]
-    }
+    plain = job.training.to_sanitized_dict()  # no tokens, nothing that JSON does not know
+    changed = {}
+    for field in fields(job.training):
+        value = getattr(job.training, field.name)
+        untouched = field.default is MISSING or value == field.default or value in (None, [], {})
+        if not untouched and field.name in plain:
+            changed[field.name] = plain[field.name]
     return asdict(job.arguments) | {"training": changed}
 
 

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 MARKER = "complete"
+STATE_FILE = "distillation.pt"  # what DistillTrainer adds to the Trainer's own files
 
 
 def mark_complete(folder: str | Path) -> None:
@@ -37,6 +38,14 @@ def is_complete(folder: str | Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether a checkpoint was written to its end, by a trainer that is not ours."""
+    folder = Path(folder)
+    ours = (folder / STATE_FILE).exists() or (folder / MARKER).exists()
+    # The last file of transformers.Trainer; ours follows it at once.
+    return (folder / "trainer_state.json").exists() and not ours
 
 
 def checkpoints(directory: str | Path) -> list[Path]:

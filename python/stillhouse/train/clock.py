@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,11 @@ class Clock:
     def add(self, name: str, seconds: float) -> None:
         """Add seconds that were measured elsewhere."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def load_state_dict(self, seconds: Mapping[str, float]) -> None:
+        """Continue from what `seconds` gave in an earlier process."""
+        self._events.clear()
+        self._seconds = dict(seconds)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name so far. Waits for the device."""

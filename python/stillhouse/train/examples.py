@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stillhouse.data.text import layout
 from stillhouse.train.rows import IGNORED
 
 
@@ -58,18 +59,23 @@ def encode(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
     numbers = list(numbers)
-    if numbers and "text" in records[numbers[0]]:
+    if numbers and layout(records[numbers[0]]) == ("text",):
         separator = tokenizer.eos_token_id
         documents = (
-            (number, tokenizer(str(records[number]["text"]), **PLAIN)["input_ids"])
+            (number, tokenizer(_string(records, number, "text"), **PLAIN)["input_ids"])
             for number in numbers
         )
         examples = pack(documents, max_length, separator=separator)
     else:
-        examples = [
-            _conversation(records[number], tokenizer, max_length, number) for number in numbers
-        ]
-        examples = [example for example in examples if example.loss_mask[1:].any()]
+        examples = []
+        for number in numbers:
+            try:
+                example = _conversation(records, number, tokenizer, max_length)
+            except Exception as error:  # a template raises what its author thought of
+                reason = " ".join(str(error).split())
+                raise ValueError(f"record {number} cannot be encoded: {reason}") from error
+            if example.loss_mask[1:].any():
+                examples.append(example)
     result = ExampleSet(examples)
     if not result.targets:
         raise ValueError(
@@ -137,7 +143,8 @@ def chat_example(
         kept = messages[:last]
         text, spans = render(kept), []
         for turn, message in enumerate(kept):
-            if message["role"] == "assistant":
+            # What opens a conversation answers nothing: it stays context.
+            if turn and message["role"] == "assistant":
                 before, after = render(kept[:turn], prompt=True), render(kept[: turn + 1])
                 if not (after.startswith(before) and text.startswith(after)):
                     raise ValueError(
@@ -182,12 +189,22 @@ def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tenso
     }
 
 
+def _string(records: Sequence[Mapping[str, Any]], number: int, column: str) -> str:
+    value = records[number][column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column} of record {number} is {type(value).__name__}, not text")
+    return value
+
+
 def _conversation(
-    record: Mapping[str, Any], tokenizer: Any, max_length: int, number: int
+    records: Sequence[Mapping[str, Any]], number: int, tokenizer: Any, max_length: int
 ) -> Example:
-    if "messages" in record:
+    record = records[number]
+    if layout(record) == ("messages",):
+        if not isinstance(record["messages"], list) or not record["messages"]:
+            raise ValueError("messages must be a list of at least one message")
         return chat_example(record["messages"], tokenizer, max_length=max_length, record=number)
-    prompt, response = record["prompt"], record["response"]
+    prompt, response = (_string(records, number, column) for column in ("prompt", "response"))
     if getattr(tokenizer, "chat_template", None) is not None:
         turns = [
             {"role": "user", "content": prompt},

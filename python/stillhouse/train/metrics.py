@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillhouse import ops
-from stillhouse.train.forward import RowForward
 from stillhouse.train.objective import LogitRows
-from stillhouse.train.rows import supervised_rows
 
 # Columns of the sums of one sequence; those after the second need a reference.
 COLUMNS = (
@@ -82,44 +79,4 @@ def summarize(sums: Any) -> dict[str, float]:
 
 def _exp(nats: float) -> float:
     # A float ends at e^709; what a broken model does there is "infinite" to a reader.
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-@torch.no_grad()
-def fidelity(
-    model: nn.Module, reference: nn.Module | None, batches: Iterable[Mapping[str, Any]]
-) -> dict[str, float]:
-    """`model` against `reference` on language-model batches, means over supervised tokens in nats:
-    `forward_kl` = KL(reference || model), `reverse_kl`, `acceptance` (1 - TVD), `agreement`
-    (top-1), and the model's own `loss` and `perplexity`; only these two without a reference.
-
-    Both models run in evaluation mode and are put back. Batches are moved to the model's device.
-    """
-    models = [model] if reference is None else [model, reference]
-    modes = [each.training for each in models]
-    forwards = [RowForward(each) for each in models]
-    try:
-        for each in models:
-            each.eval()
-        sums = []
-        for batch in batches:
-            device = next(model.parameters()).device
-            batch = {
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
-            index = supervised_rows(batch["labels"])
-            rows = [
-                forward(each, batch, index) for forward, each in zip(forwards, models, strict=True)
-            ]
-            sums.append(
-                sequence_sums(rows[0], rows[1] if len(rows) == 2 else None, len(batch["labels"]))
-            )
-    finally:
-        for each, mode in zip(models, modes, strict=True):
-            each.train(mode)
-        for forward in forwards:
-            forward.close()
-    if not sums:
-        raise ValueError("no batch to evaluate: the evaluation data is empty")
-    return summarize(torch.cat(sums))
+    return math.inf if nats >= 700 else math.exp(nats)

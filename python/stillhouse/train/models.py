@@ -91,12 +91,18 @@ def check_pair(
             f"vocab_size must be within both heads ({n_student} and {n_teacher} columns), "
             f"got {vocab_size}"
         )
-    check_vocabulary(student, student_tokenizer)
+    check_vocabulary(student, student_tokenizer, vocab_size)
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    """Raise ValueError where the tokenizer can produce ids that the model has no row for."""
+def check_vocabulary(model: nn.Module, tokenizer: Any, vocab_size: int | None = None) -> None:
+    """Raise ValueError where the tokenizer can produce ids that the model has no row for, or that
+    `vocab_size` leaves out."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and not largest < vocab_size <= head_width(model):
+        raise ValueError(
+            f"vocab_size must hold the tokenizer's ids (up to {largest}) and be within the head "
+            f"({head_width(model)} columns), got {vocab_size}"
+        )
     if largest >= head_width(model):
         raise ValueError(
             f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model only "

@@ -51,10 +51,11 @@ class StepStatistics:
         if not steps:
             return {}
         rows = sum(step["rows"] for step in steps)
-        result = {
-            name: sum(step[name] * step["rows"] for step in steps) / max(rows, 1)
-            for name in steps[-1].keys() - {"loss", "rows", "seconds"}
-        }
+        result = {}
+        for name in set().union(*steps) - {"loss", "rows", "seconds"}:
+            having = [step for step in steps if name in step]  # a part may come now and then
+            weight = sum(step["rows"] for step in having)
+            result[name] = sum(step[name] * step["rows"] for step in having) / max(weight, 1)
         result["tokens_per_second"] = rows / sum(step["seconds"] for step in steps)
         return result
 

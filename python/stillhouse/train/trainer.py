@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from stillhouse.train.checkpoints import mark_complete, newest_complete, prune
+from stillhouse.train.checkpoints import STATE_FILE, mark_complete, newest_complete, prune
 from stillhouse.train.clock import Clock
 from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
@@ -23,8 +23,6 @@ from stillhouse.train.objective import Objective
 from stillhouse.train.progress import Progress
 from stillhouse.train.rows import RowIndex, supervised_rows
 from stillhouse.train.statistics import StepStatistics
-
-STATE_FILE = "distillation.pt"
 
 
 class NonFiniteLoss(ValueError):
@@ -67,6 +65,11 @@ class DistillTrainer(Trainer):
             )
         if teacher is None and getattr(objective, "needs_teacher", True):
             raise ValueError(f"{type(objective).__name__} compares with a teacher: pass teacher=")
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor belongs to the Trainer's own loss: smoothing is an option "
+                "of the objective here, ops.CrossEntropy(label_smoothing=...)"
+            )
         # The collator's batch carries more than the model's arguments.
         args.remove_unused_columns = False
         if args.device.type == "cpu":
@@ -226,7 +229,7 @@ class DistillTrainer(Trainer):
             self.model._is_accelerate_prepared = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._require_finite_weights()
+        self.require_finite_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             # An older run's folder would lend its marker to a half-written new one.
@@ -261,10 +264,14 @@ class DistillTrainer(Trainer):
         path = Path(checkpoint) / STATE_FILE
         if not path.is_file():
             raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not one of this trainer's")
+        if not (Path(checkpoint) / "scheduler.pt").is_file():
+            raise ValueError(
+                f"{checkpoint} was saved with save_only_model: without the optimiser's state it "
+                "would continue as another run"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.statistics.load_state_dict(state["statistics"])
-        for name, seconds in state["clock"].items():
-            self.clock.add(name, seconds)
+        self.clock.load_state_dict(state["clock"])
         if "objective" in state:
             self.objective.load_state_dict(state["objective"])
 
@@ -279,7 +286,8 @@ class DistillTrainer(Trainer):
                 "overflows, a broken record"
             )
 
-    def _require_finite_weights(self) -> None:
+    def require_finite_weights(self) -> None:
+        """Raise NonFiniteLoss where a weight is NaN or infinite."""
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter.detach()).all():
                 raise NonFiniteLoss(

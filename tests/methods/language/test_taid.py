@@ -166,7 +166,10 @@ def test_a_loss_that_jumps_up_from_almost_nothing_does_not_overflow():
 def test_alpha_auto_is_eight_over_the_run():
     automatic, fixed = TAIDLoss(alpha="auto"), TAIDLoss(alpha=8 / 500)
     assert trace(automatic, [2.0, 1.9, 1.8], 500) == trace(fixed, [2.0, 1.9, 1.8], 500)
-    assert trace(TAIDLoss(alpha="auto"), [2.0, 1.9], 2)[-1] == 1.0
+    # Never more than 1: t goes half of what is left, sigmoid(0) = 1/2, where the loss stands still.
+    short = TAIDLoss(alpha="auto")
+    trace(short, [2.0, 2.0], 2)
+    assert short.delta_t == pytest.approx(0.5 * (1 - 0.4))
 
 
 def test_paper_alpha_never_beats_the_linear_floor_in_a_short_run():
