@@ -46,7 +46,8 @@ struct Exponent {
 #endif
   Number gain2, offset;
   template <class Real>
-  SH_INLINE Exponent(Real gain2, Real shift) : gain2(gain2), offset(kFused ? shift * gain2 : shift) {}
+  SH_INLINE Exponent(Real gain2, Real shift)
+      : gain2(gain2), offset(kFused ? shift * gain2 : shift) {}
   SH_INLINE Number operator()(Number x) const {
     if constexpr (kFused) return mul_add(x, gain2, -offset);
     return (x - offset) * gain2;

@@ -123,17 +123,18 @@ def _check_directory(arguments: DistillArguments, training: Any) -> None:
     if chosen is not None and not is_complete(chosen):
         raise UsageError(f"{chosen} is no complete checkpoint: --resume finds the newest one")
     found = checkpoints(training.output_dir)
-    if chosen is not None or arguments.overwrite and not arguments.resume:
+    if chosen is not None or (arguments.overwrite and not arguments.resume):
         return
     if arguments.resume:
         foreign = [path.name for path in found if is_foreign(path)]
         if foreign:
             raise UsageError(
-                f"{training.output_dir} holds {foreign[-1]}, which another trainer wrote: it cannot "
-                "be resumed here; name another --output_dir"
+                f"{training.output_dir} holds {foreign[-1]}, which another trainer wrote: it "
+                "cannot be resumed here; name another --output_dir"
             )
         return
-    held = [path.name for path in (*found, Path(training.output_dir, "student")) if path.exists()]
+    student = Path(training.output_dir, "student")
+    held = [path.name for path in (student, *found) if path.exists()]
     if held:
         raise UsageError(
             f"{training.output_dir} already holds {held[-1]}: continue with --resume, start "

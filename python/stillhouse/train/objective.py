@@ -1,9 +1,10 @@
 """What a language-model distillation loss sees, and the plain divergence as such a loss.
 
 An objective is any callable `objective(student, teacher, batch) -> dict` whose "loss" is the
-total and whose other tensors are logged (the same names on every rank); `student` and `teacher` are `LogitRows` (the teacher may be None), `batch` the dict of the
-language-model batch plus `denominator`, the global number of supervised tokens, and `vocab_size`,
-the columns that count (None = all). Optional methods:
+total and whose other tensors are logged (the same names on every rank). `student` and `teacher`
+are `LogitRows` (the teacher may be None), `batch` the dict of the language-model batch plus
+`denominator`, the global number of supervised tokens, and `vocab_size`, the columns that count
+(None = all). Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
 micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`. An objective that needs no
 teacher says so with `needs_teacher = False`.
