@@ -88,6 +88,18 @@ SH_INLINE void load(const Bf16* x, Float16x& out) {
   out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// The first n elements (all if there are more), then -inf. In one piece: a vector that is read back
+// from narrower stores has to wait for them.
+SH_INLINE __mmask16 first(int64_t n) { return n < 16 ? n > 0 ? (1u << n) - 1 : 0 : 0xffff; }
+SH_INLINE void load_first(int64_t n, const float* x, Float16x& out) {
+  out = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first(n), x);
+}
+SH_INLINE void load_first(int64_t n, const Bf16* x, Float16x& out) {
+  const __m256i none = _mm256_set1_epi16(short(0xff80));
+  const __m256i bits = _mm256_mask_loadu_epi16(none, first(n), x);
+  out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 SH_INLINE void store(Float16x x, float* out) { _mm512_storeu_ps(out, x.v); }
 // To nearest even. The NaN of an operation, and any that came from 16 bits, has no low bits to carry
 // out of and stays one.

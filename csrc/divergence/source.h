@@ -19,6 +19,24 @@ SH_INLINE Real fold_sum(Lanes<Real>& sum) {
   return sum_of(sum.at[0]);
 }
 
+// x_0 ... x_(n - 1), then -inf up to a multiple of kLanes.
+template <class In, class Real>
+void widen_first(int64_t n, const In* x, Real* out) {
+  constexpr bool by_vectors =
+      kWidth<Real> > 1 && (std::is_same<In, Real>::value || sizeof(In) == 2);
+  if constexpr (by_vectors && !std::is_same<In, Fp16>::value) {
+    for (int64_t j = 0; j < padded(n); j += kWidth<Real>) {
+      Lane<Real> xj;
+      load_first(n - j, x + j, xj);
+      store(xj, out + j);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = Real(widen(x[j]));
+    for (int64_t j = n; j < padded(n); ++j) out[j] = -INFINITY;
+  }
+}
+
 template <class Real, class In>
 Real block_max(int64_t n, const In* x) {
   Lanes<Real> max;
@@ -112,12 +130,7 @@ struct Source {
   const Real* load(int64_t start, Real* buffer) const {
     if (dtype == DtypeOf<Real>::value && plain(start)) return plain_block<Real>(start);
     const int64_t n = columns(start), end = padded(n);
-    with_type(dtype, row, [&](auto* in) {
-      in += start;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) buffer[j] = Real(widen(in[j]));
-    });
-    for (int64_t j = n; j < end; ++j) buffer[j] = -INFINITY;
+    with_type(dtype, row, [&](auto* in) { widen_first(n, in + start, buffer); });
     if (cap > 0) {
       for (int64_t j = 0; j < n; ++j)
         if (buffer[j] > -INFINITY) buffer[j] = cap * std::tanh(scale * buffer[j] / cap);
