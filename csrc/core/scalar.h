@@ -66,19 +66,22 @@ SH_INLINE double fast_exp(double x) { return std::exp(x); }
 
 // log x for positive normal x, absolute error 6e-8 near 1 and relative error 1e-7 elsewhere.
 // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]; log(1 + f) = f - f^2/2 + f^3 P(f).
+template <class Real>
+SH_INLINE Real log_of_parts(Real n, Real f) {
+  Real p(-0.07865442973f);
+  p = mul_add(p, f, Real(0.12879188073f));
+  p = mul_add(p, f, Real(-0.13125292705f));
+  p = mul_add(p, f, Real(0.14181421972f));
+  p = mul_add(p, f, Real(-0.16624970293f));
+  p = mul_add(p, f, Real(0.20002282445f));
+  p = mul_add(p, f, Real(-0.25000796551f));
+  p = mul_add(p, f, Real(0.33333316786f));
+  return mul_add(n, Real(0.693147181f), f - f * f * mul_add(-f, p, Real(0.5f)));
+}
 SH_INLINE float fast_log(float x) {
   const uint32_t offset = as_bits(x) - 0x3f3504f3u;
   const int32_t n = static_cast<int32_t>(offset) >> 23;
-  const float f = as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.f;
-  float p = -0.07865442973f;
-  p = mul_add(p, f, 0.12879188073f);
-  p = mul_add(p, f, -0.13125292705f);
-  p = mul_add(p, f, 0.14181421972f);
-  p = mul_add(p, f, -0.16624970293f);
-  p = mul_add(p, f, 0.20002282445f);
-  p = mul_add(p, f, -0.25000796551f);
-  p = mul_add(p, f, 0.33333316786f);
-  return mul_add(float(n), 0.693147181f, f - f * f * mul_add(-f, p, 0.5f));
+  return log_of_parts(float(n), as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.f);
 }
 SH_INLINE double fast_log(double x) { return std::log(x); }
 

@@ -64,28 +64,22 @@ SH_INLINE Float16x fast_exp2(Float16x y) {
 SH_INLINE Float16x fast_log(Float16x x) {
   const __m512i base = _mm512_set1_epi32(0x3f3504f3);
   const __m512i offset = _mm512_sub_epi32(_mm512_castps_si512(x.v), base);
-  const Float16x n = _mm512_cvtepi32_ps(_mm512_srai_epi32(offset, 23));
   const __m512i mantissa = _mm512_and_epi32(offset, _mm512_set1_epi32(0x007fffff));
-  const Float16x f = _mm512_castsi512_ps(_mm512_add_epi32(mantissa, base)) - _mm512_set1_ps(1.f);
-  Float16x p(-0.07865442973f);
-  p = mul_add(p, f, Float16x(0.12879188073f));
-  p = mul_add(p, f, Float16x(-0.13125292705f));
-  p = mul_add(p, f, Float16x(0.14181421972f));
-  p = mul_add(p, f, Float16x(-0.16624970293f));
-  p = mul_add(p, f, Float16x(0.20002282445f));
-  p = mul_add(p, f, Float16x(-0.25000796551f));
-  p = mul_add(p, f, Float16x(0.33333316786f));
-  return mul_add(n, Float16x(0.693147181f), f - f * f * mul_add(-f, p, Float16x(0.5f)));
+  const Float16x n = _mm512_cvtepi32_ps(_mm512_srai_epi32(offset, 23));
+  return log_of_parts(
+      n, Float16x(_mm512_castsi512_ps(_mm512_add_epi32(mantissa, base))) - Float16x(1.f));
 }
 
 SH_INLINE Float16x larger(Float16x a, Float16x b) { return _mm512_max_ps(a.v, b.v); }
 SH_INLINE float max_of(Float16x x) { return _mm512_reduce_max_ps(x.v); }
 SH_INLINE float sum_of(Float16x x) { return _mm512_reduce_add_ps(x.v); }
 
+SH_INLINE Float16x widen(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
 SH_INLINE void load(const float* x, Float16x& out) { out = _mm512_loadu_ps(x); }
 SH_INLINE void load(const Bf16* x, Float16x& out) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  out = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
 // The first n elements (all if there are more), then -inf. In one piece: a vector that is read back
@@ -96,8 +90,7 @@ SH_INLINE void load_first(int64_t n, const float* x, Float16x& out) {
 }
 SH_INLINE void load_first(int64_t n, const Bf16* x, Float16x& out) {
   const __m256i none = _mm256_set1_epi16(short(0xff80));
-  const __m256i bits = _mm256_mask_loadu_epi16(none, first(n), x);
-  out = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  out = widen(_mm256_mask_loadu_epi16(none, first(n), x));
 }
 
 SH_INLINE void store(Float16x x, float* out) { _mm512_storeu_ps(out, x.v); }

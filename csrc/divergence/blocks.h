@@ -53,8 +53,9 @@ void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, 
   Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
-    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) value.at[i] +=
-        kind_term<Kind>(element(b, j + i * kWidth<Real>), k);
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      value.at[i] += kind_term<Kind>(element(b, j + i * kWidth<Real>), k);
+    }
   }
   sums.value += fold_sum(value);
 }

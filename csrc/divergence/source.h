@@ -22,9 +22,8 @@ SH_INLINE Real fold_sum(Lanes<Real>& sum) {
 // x_0 ... x_(n - 1), then -inf up to a multiple of kLanes.
 template <class In, class Real>
 void widen_first(int64_t n, const In* x, Real* out) {
-  constexpr bool by_vectors =
-      kWidth<Real> > 1 && (std::is_same<In, Real>::value || sizeof(In) == 2);
-  if constexpr (by_vectors && !std::is_same<In, Fp16>::value) {
+  constexpr bool loads_vectors = std::is_same<In, Real>::value || std::is_same<In, Bf16>::value;
+  if constexpr (kWidth<Real> > 1 && loads_vectors) {
     for (int64_t j = 0; j < padded(n); j += kWidth<Real>) {
       Lane<Real> xj;
       load_first(n - j, x + j, xj);

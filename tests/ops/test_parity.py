@@ -1,16 +1,13 @@
 """One table: every kind x dtype x instruction set x path x awkward width x argument, against the
 plain torch reference in float64, which test_reference.py holds against the definitions."""
 
-import importlib
-
 import pytest
 import torch
 
 from stillhouse import ops
+from stillhouse.ops import divergence_autograd
 from stillhouse.ops.divergence_arguments import check_call
 from stillhouse.ops.divergence_reference import reference
-
-module = importlib.import_module("stillhouse.ops.divergence")
 
 LEVELS = range(ops.cpu_level() + 1)
 KINDS = [
@@ -45,7 +42,8 @@ def level(request):
 
 @pytest.fixture(params=["resident", "streaming"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(module, "_resident_limit", 0 if request.param == "streaming" else 1 << 30)
+    limit = 0 if request.param == "streaming" else 1 << 30
+    monkeypatch.setattr(divergence_autograd, "_resident_limit", limit)
     return request.param
 
 

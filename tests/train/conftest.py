@@ -11,19 +11,27 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def llama():
+def sizes():
+    """What the configurations of all these models share."""
+    return dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+
+@pytest.fixture
+def llama(sizes):
     """llama(layers, vocab_size=259, seed=0): a random Llama of width 32, in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(layers=2, vocab_size=VOCABULARY, seed=0, **options):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
+            **(sizes | {"vocab_size": vocab_size}),
             num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=128,
             eos_token_id=258,
             bos_token_id=None,

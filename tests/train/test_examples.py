@@ -108,6 +108,11 @@ def test_an_opening_answer_is_context(tokenizer):
     example = chat_example(turns, tokenizer)
     assert supervised(example, tokenizer) == supervised(chat_example(TURNS, tokenizer), tokenizer)
     assert "Hello!" in tokenizer.decode(example.input_ids)
+    # It is no exchange that could be left alone: the first one is cut instead.
+    first = chat_example(turns[:4], tokenizer)
+    cut = chat_example(turns[:4], tokenizer, max_length=len(first.input_ids) - 3)
+    assert len(cut.input_ids) == len(first.input_ids) - 3
+    assert cut.loss_mask.any()
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,12 @@ from stillhouse.train import LogitRows, row_divergence, row_loss, supervised_row
 from stillhouse.train.forward import FrozenTeacher, RowForward
 
 
-def gemma2():
+def gemma2(sizes):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
+        **sizes,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
         sliding_window=8,
         final_logit_softcapping=2.0,
@@ -25,15 +21,12 @@ def gemma2():
     return Gemma2ForCausalLM(config).eval()
 
 
-def cohere():
+def cohere(sizes):
     from transformers import CohereConfig, CohereForCausalLM
 
     config = CohereConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
+        **sizes,
         num_hidden_layers=1,
-        num_attention_heads=4,
         logit_scale=0.25,
     )
     return CohereForCausalLM(config).eval()
@@ -58,13 +51,13 @@ def test_llama(llama, batch):
     torch.testing.assert_close(rows.head(rows.hidden), rows.logits)
 
 
-def test_soft_cap(batch):
-    rows = check(gemma2(), batch)
+def test_soft_cap(sizes, batch):
+    rows = check(gemma2(sizes), batch)
     assert rows.logits.abs().max() <= 2
 
 
-def test_logit_scale(batch):
-    check(cohere(), batch)
+def test_logit_scale(sizes, batch):
+    check(cohere(sizes), batch)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])

@@ -69,19 +69,10 @@ def test_it_saves_and_generates(llama, tmp_path):
     assert ours.tolist() == theirs.tolist()  # a wrong layer_idx would spoil the cache
 
 
-def test_lists_with_one_entry_a_layer(tmp_path):
+def test_lists_with_one_entry_a_layer(sizes, tmp_path):
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=3,
-    )
+    config = Gemma2Config(**sizes, num_hidden_layers=4, head_dim=8, sliding_window=3)
     model = Gemma2ForCausalLM(config).eval()
     assert len(set(config.layer_types)) == 2
     student = take_layers(model, [1, 2, 3])
@@ -108,17 +99,13 @@ def test_configurations_with_another_name_for_the_depth():
     assert student.config.eos_token_id == [1, 2, 3]
 
 
-def test_a_pattern_of_layers_that_the_cut_would_break():
+def test_a_pattern_of_layers_that_the_cut_would_break(sizes):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
+        **sizes,
         moe_intermediate_size=8,
         num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
         num_experts=2,
         num_experts_per_tok=1,
         mlp_only_layers=[0, 1],

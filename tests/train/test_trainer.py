@@ -1,5 +1,6 @@
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -243,15 +244,22 @@ def test_broken_weights_are_not_saved(llama, arguments, examples):
 
 
 def test_seconds_and_rates(llama, arguments, examples):
-    trainer = train(llama(), arguments(max_steps=3), examples, teacher=llama(3))
+    class Slow(DivergenceObjective):
+        def __call__(self, *rows):
+            time.sleep(0.1)
+            return super().__call__(*rows)
+
+    teacher, student = llama(3), llama()
+    teacher.register_forward_hook(lambda *_: time.sleep(0.2))
+    student.register_forward_hook(lambda *_: time.sleep(0.3))
+    objective = Slow("forward_kl")
+    trainer = train(student, arguments(max_steps=3), examples, objective, teacher=teacher)
     seconds = trainer.seconds()
-    assert all(value > 0 for value in seconds.values())
-    # The Trainer's own clock also sees what comes before the first step.
-    around = next(
-        log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log
-    )
-    assert around - 2 < seconds["total"] < around + 0.01
-    assert max(seconds[part] for part in ("teacher", "student", "loss")) < seconds["total"]
+    slept = {"loss": 0.3, "teacher": 0.6, "student": 0.9, "total": 1.8}
+    # A step of these models takes milliseconds; a loaded machine may take tenths.
+    for part, least in slept.items():
+        assert least <= seconds[part] < least + 0.8, part
+    assert seconds["rest"] >= 0
     rates = [log["tokens_per_second"] for log in trainer.state.log_history if "loss" in log]
     assert len(rates) == 3
     assert min(rates) > 0

@@ -179,6 +179,9 @@ class Job:
         trainer.require_finite_weights()
         folder = Path(self.training.output_dir) / "student"
         partial = folder.with_name("student.partial")
+        if self.training.process_index == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        trainer.accelerator.wait_for_everyone()
         if self.arguments.lora_rank:
             if self.training.process_index == 0:
                 merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

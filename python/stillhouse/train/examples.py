@@ -154,7 +154,7 @@ def chat_example(
                 spans.append((len(before), len(after)))
         encoded = tokenizer(text, return_offsets_mapping=True, **PLAIN)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        earlier = [turn for turn in range(last - 1) if messages[turn]["role"] == "assistant"]
+        earlier = [turn for turn in range(1, last - 1) if messages[turn]["role"] == "assistant"]
         if max_length is None or len(ids) <= max_length or not earlier:
             break
         last = earlier[-1] + 1  # without the last exchange

@@ -1,0 +1,162 @@
+"""The registered ops of the divergence kernel: their shapes for the compiler, their derivatives.
+
+All ride on one kernel (csrc/divergence). Its arguments that may change during training travel in
+`numbers`, a float64 [9] tensor, so that nothing recompiles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from .divergence_arguments import Call
+from .divergence_reference import reference
+from .kinds import KINDS
+
+# Columns above which a row streams instead of staying in scratch; -1 is the kernel's own number.
+_resident_limit = -1
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether a kernel is built for this tensor's device."""
+    return x.device.type == "cpu"
+
+
+def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
+    """Value and statistics of each row, differentiable, by the kernel or else the reference."""
+    if has_kernel(call.student):
+        return torch.ops.stillhouse.divergence(
+            call.student,
+            call.teacher,
+            call.numbers,
+            mask,
+            call.labels,
+            call.kind.number,
+            call.vocab,
+            want_stats,
+            _resident_limit,
+        )
+    warnings.warn(
+        f"stillhouse has no divergence kernel for {call.student.device.type}: the plain torch "
+        "reference runs, with the memory and time of plain torch",
+        stacklevel=3,
+    )
+    return reference(call, mask, want_stats)
+
+
+class LossWithGradient(torch.autograd.Function):
+    """The loss form: the gradient is made in the forward pass and handed on by the backward."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, numbers, weight, labels, kind, vocab, want_stats, inplace):
+        arguments = (teacher, numbers, weight, labels, kind, vocab, want_stats, _resident_limit)
+        if inplace:
+            gradient = student.detach()
+            loss, stats = torch.ops.stillhouse.divergence_loss_(gradient, *arguments)
+            # A C++ op does not bump the version; whoever saved these logits must raise in backward.
+            torch.autograd.graph.increment_version(student)
+        else:
+            loss, stats, gradient = torch.ops.stillhouse.divergence_loss(student, *arguments)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(stats)
+        ctx.spent = False
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        if not torch.compiler.is_compiling():
+            if ctx.spent:
+                raise RuntimeError(
+                    "the gradient of divergence_loss was handed on by its first backward pass: "
+                    "compute the loss again for a second one"
+                )
+            ctx.spent = True
+        (gradient,) = ctx.saved_tensors
+        torch.ops.stillhouse.scale_(gradient, upstream)
+        return gradient, *([None] * 8)
+
+
+def _fake_rows(student, want_stats, teacher=None):
+    double = torch.float64 in (student.dtype, None if teacher is None else teacher.dtype)
+    dtype = torch.float64 if double else torch.float32
+    stats = (7, *student.shape[:-1]) if want_stats else (0,)
+    return student.new_empty(student.shape[:-1], dtype=dtype), student.new_empty(stats, dtype=dtype)
+
+
+@torch.library.register_fake("stillhouse::divergence")
+def _(student, teacher, numbers, mask, labels, kind, vocab=-1, want_stats=False, resident_limit=-1):
+    return _fake_rows(student, want_stats, teacher)
+
+
+@torch.library.register_fake("stillhouse::divergence_gradient")
+def _(student, teacher, numbers, weight, labels, kind, vocab=-1, resident_limit=-1):
+    return student.new_empty(student.shape)
+
+
+@torch.library.register_fake("stillhouse::divergence_loss")
+def _(
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+):
+    value, stats = _fake_rows(student, want_stats, teacher)
+    return value.new_empty(()), stats, student.new_empty(student.shape)
+
+
+@torch.library.register_fake("stillhouse::divergence_loss_")
+def _(
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+):
+    value, stats = _fake_rows(student, want_stats, teacher)
+    return value.new_empty(()), stats
+
+
+@torch.library.register_fake("stillhouse::scale_")
+def _(gradient, upstream):
+    return None
+
+
+def _setup(ctx, inputs, output):
+    student, teacher, numbers, mask, labels, ctx.kind, ctx.vocab, _, ctx.resident_limit = inputs
+    ctx.save_for_backward(student, teacher, numbers, mask, labels)
+
+
+_SIDES = [1, 0, 3, 2, 5, 4, 6, 7]  # numbers with student and teacher exchanged
+_BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
+
+
+def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
+    """Kind number and `numbers` of the divergence whose student is this one's teacher."""
+    kind = _BY_NUMBER[number]
+    exchanged = (kind(numbers[8]) if fields(kind) else kind()).exchanged()
+    parameter = torch.as_tensor(exchanged.parameter, dtype=numbers.dtype).reshape(1)
+    return exchanged.number, torch.cat([numbers[_SIDES], parameter])
+
+
+def _backward(ctx, upstream, _):
+    student, teacher, numbers, mask, labels = ctx.saved_tensors
+    weight = upstream if mask is None else torch.where(mask, upstream, 0)
+    gradient = torch.ops.stillhouse.divergence_gradient
+    to_student = to_teacher = None
+    if ctx.needs_input_grad[0]:
+        to_student = gradient(
+            student, teacher, numbers, weight, labels, ctx.kind, ctx.vocab, ctx.resident_limit
+        )
+    if ctx.needs_input_grad[1]:
+        kind, exchanged = _exchange(ctx.kind, numbers)
+        vocab = min(student.shape[-1], teacher.shape[-1]) if ctx.vocab < 0 else ctx.vocab
+        to_teacher = gradient(
+            teacher, student, exchanged, weight, None, kind, vocab, ctx.resident_limit
+        )
+    return to_student, to_teacher, *([None] * 7)
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise RuntimeError(
+        "the gradient of ops.divergence has no gradient of its own (second derivative)"
+    )
+
+
+torch.library.register_autograd("stillhouse::divergence", _backward, setup_context=_setup)
+torch.library.register_autograd("stillhouse::divergence_gradient", _no_second_derivative)
