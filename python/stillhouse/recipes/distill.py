@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,18 @@ def main(argv: Sequence[str]) -> int:
     if {"--help-all", "--help", "-h"} & set(words):
         return exit_code(lambda: print(help_text(everything="--help-all" in words)))
     traceback_wanted = _take_debug(words)
-    return exit_code(lambda: distill(*parse(words)), traceback_wanted=traceback_wanted)
+    return exit_code(lambda: _run(*parse(words)), traceback_wanted=traceback_wanted)
+
+
+def _run(arguments: DistillArguments, training: Any) -> None:
+    import torch.distributed
+
+    distill(arguments, training)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A worker thread of Gloo that still holds tensors when the interpreter ends aborts the
+        # process (pytorch#179291). Wrapped models hold the group, in cycles: they go first.
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def distill(arguments: DistillArguments, training: Any) -> Report:

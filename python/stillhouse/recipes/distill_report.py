@@ -97,7 +97,7 @@ def _configuration(job: Job) -> dict[str, object]:
     changed = {}
     for field in fields(job.training):
         value = getattr(job.training, field.name)
-        untouched = field.default is MISSING or value == field.default
+        untouched = field.default is MISSING or value == field.default or value in (None, [], {})
         if not untouched and field.name in plain:
             changed[field.name] = plain[field.name]
     return asdict(job.arguments) | {"training": changed}
