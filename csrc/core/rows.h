@@ -22,11 +22,12 @@ struct Rows {
 
 SH_INLINE char* row_of(const Rows& rows, int64_t r) {
   char* data = rows.data;
-  for (int i = rows.leading - 1; i >= 0; --i) {
+  for (int i = rows.leading - 1; i > 0;
+       --i) {  // a division costs as much as a short row's logarithm
     data += (r % rows.size[i]) * rows.stride[i];
     r /= rows.size[i];
   }
-  return data;
+  return rows.leading > 0 ? data + r * rows.stride[0] : data;
 }
 
 // Calls f with a row as a pointer to its element type.

@@ -83,7 +83,20 @@ SH_INLINE float fast_log(float x) {
   const int32_t n = static_cast<int32_t>(offset) >> 23;
   return log_of_parts(float(n), as_float((offset & 0x007fffffu) + 0x3f3504f3u) - 1.f);
 }
-SH_INLINE double fast_log(double x) { return std::log(x); }
+
+// log x for positive normal x (NaN for NaN), relative error 4e-16. With x = 2^n m and m in
+// [sqrt(1/2), sqrt(2)], log m = 2 atanh s for s = (m - 1) / (m + 1), |s| < 0.172: ten terms.
+SH_INLINE double fast_log(double x) {
+  const uint64_t offset = __builtin_bit_cast(uint64_t, x) - 0x3fe6a09e667f3bcdu;
+  const int32_t n = static_cast<int32_t>(offset >> 32) >> 20;
+  const double m = __builtin_bit_cast(double, (offset & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
+  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  double p = 1.0 / 21;
+  for (int k = 19; k > 1; k -= 2) p = mul_add(p, s2, 1.0 / k);
+  const double twice = s + s;
+  const double m_log = mul_add(twice * s2, p, twice);
+  return mul_add(double(n), 0.693147180559945309417, m_log) + (x - x);
+}
 
 // 16-bit floats held as integers. Narrowing rounds to nearest even and keeps NaN.
 struct Bf16 {

@@ -93,15 +93,52 @@ SH_INLINE void load_first(int64_t n, const Bf16* x, Float16x& out) {
   out = widen(_mm256_mask_loadu_epi16(none, first(n), x));
 }
 
-SH_INLINE void store(Float16x x, float* out) { _mm512_storeu_ps(out, x.v); }
 // To nearest even. The NaN of an operation, and any that came from 16 bits, has no low bits to carry
 // out of and stays one.
-SH_INLINE void store(Float16x x, Bf16* out) {
+SH_INLINE __m256i to_bf16(Float16x x) {
   const __m512i b = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+SH_INLINE void store(Float16x x, float* out) { _mm512_storeu_ps(out, x.v); }
+SH_INLINE void store(Float16x x, Bf16* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), to_bf16(x));
+}
+
+// Row i, column j of sixteen vectors becomes row j, column i.
+SH_INLINE void transpose(__m512 (&a)[16]) {
+  __m512 b[16];
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // columns i ... i + 3 of each 128 bits, rows in fours
+    for (int k = 0; k < 2; ++k) {
+      const __m512d x = _mm512_castps_pd(b[i + k]), y = _mm512_castps_pd(b[i + k + 2]);
+      a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 2; ++k) {  // rows 8 k ... 8 k + 7
+      b[8 * k + i] = _mm512_shuffle_f32x4(a[8 * k + i], a[8 * k + 4 + i], 0x88);
+      b[8 * k + 4 + i] = _mm512_shuffle_f32x4(a[8 * k + i], a[8 * k + 4 + i], 0xdd);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 2; ++k) {
+      a[4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0x88);
+      a[8 + 4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0xdd);
+    }
+  }
+}
+
+SH_INLINE void store_first(int64_t n, Float16x x, float* out) {
+  _mm512_mask_storeu_ps(out, first(n), x.v);
+}
+SH_INLINE void store_first(int64_t n, Float16x x, Bf16* out) {
+  _mm256_mask_storeu_epi16(out, first(n), to_bf16(x));
 }
 #endif
 

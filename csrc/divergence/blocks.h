@@ -2,33 +2,32 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-// A double in two parts: logits with an offset make a log-sum-exp large where what is subtracted from
-// it leaves little.
-template <class Real>
-struct TwoPart {
-  Real high, low;
-  explicit TwoPart(double x) : high(Real(x)), low(Real(x - double(high))) {}
+// Minus a double in two parts: logits with an offset make a log-sum-exp large where what is subtracted
+// from it leaves little.
+template <class Scalar>
+struct MinusTwoPart {
+  Scalar high, low;
 };
+template <class Real>
+MinusTwoPart<Uniform<Real>> minus_two_part(double x) {
+  return {-Real(x), -Real(x - double(Real(x)))};
+}
 
-// One block as passes 2 and 3 see it: x of both sides, and probabilities up to a factor.
-template <class In, class Real>
+// One block as passes 2 and 3 see it: x of both sides, and probabilities up to a factor. Scalar is
+// Uniform for a block of one row, Lanes for kLanes rows side by side.
+template <class In, class Real, class Scalar>
 struct Block {
   int64_t n;  // multiple of kLanes
   const In *z, *t;
-  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
-  TwoPart<Real> lse_difference, z_lse, t_lse;
   Real *q, *p;
-  Real q_factor, p_factor;
+  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
+  MinusTwoPart<Scalar> lse_difference, z_lse, t_lse;
+  Scalar q_factor, p_factor;
 };
 
-struct Sums {
-  double value = 0, slope = 0;
-  double acceptance = 0, below = 0, student_entropy = 0, teacher_entropy = 0;
-};
-
-// Elements j ... j + kWidth - 1.
-template <class In, class Real>
-SH_INLINE Element<Lane<Real>> element(const Block<In, Real>& b, int64_t j) {
+// Elements j ... j + kWidth - 1, at step i of the lanes.
+template <class In, class Real, class Scalar>
+SH_INLINE Element<Lane<Real>> element(const Block<In, Real, Scalar>& b, int64_t j, int64_t i) {
   using L = Lane<Real>;
   L z, t, q, p;
   load(b.z + j, z);
@@ -36,97 +35,104 @@ SH_INLINE Element<Lane<Real>> element(const Block<In, Real>& b, int64_t j) {
   load(b.q + j, q);
   load(b.p + j, p);
   Element<L> e;
-  e.lq = mul_add(L(b.z_gain), z, L(-b.z_lse.high)) - L(b.z_lse.low);
-  e.lp = mul_add(L(b.t_gain), t, L(-b.t_lse.high)) - L(b.t_lse.low);
-  e.q = q * L(b.q_factor);
-  e.p = p * L(b.p_factor);
+  e.lq = mul_add(L(b.z_gain), z, b.z_lse.high[i]) + b.z_lse.low[i];
+  e.lp = mul_add(L(b.t_gain), t, b.t_lse.high[i]) + b.t_lse.low[i];
+  e.q = q * b.q_factor[i];
+  e.p = p * b.p_factor[i];
   // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
   // taken in double.
   const L gap = mul_add(L(-b.ratio), z, t);
-  e.delta = mul_add(L(b.t_gain), gap, L(-b.lse_difference.high)) - L(b.lse_difference.low);
+  e.delta = mul_add(L(b.t_gain), gap, b.lse_difference.high[i]) + b.lse_difference.low[i];
   return e;
 }
 
-// Pass 2 without a gradient.
-template <class Kind, class In, class Real>
-void block_value(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
+// Pass 2 without a gradient. Returns the values' sums.
+template <class Kind, class In, class Real, class Scalar>
+Lanes<Real> block_value(const Block<In, Real, Scalar> b, const KindParams<Real> k, Prefetch touch) {
   Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      value.at[i] += kind_term<Kind>(element(b, j + i * kWidth<Real>), k);
+      value[i] += kind_term<Kind>(element(b, j + i * kWidth<Real>, i), k);
     }
   }
-  sums.value += fold_sum(value);
+  return value;
 }
 
 // Pass 2 where H = -1 is known: value and gradient at once.
-template <class Kind, class In, class Out, class Real>
-void block_gradient(const Block<In, Real> b, const KindParams<Real> k, Real weight, Out* gradient,
-                    Sums& sums, Prefetch touch) {
+template <class Kind, class In, class Out, class Real, class Scalar>
+Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Real> k,
+                           const Scalar weight, Out* gradient, Prefetch touch) {
   Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const int64_t at = j + i * kWidth<Real>;
-      const auto e = element(b, at);
-      value.at[i] += kind_term<Kind>(e, k);
-      store((Kind::slope(e, k) + e.q) * Lane<Real>(weight), gradient + at);
+      const auto e = element(b, at, i);
+      value[i] += kind_term<Kind>(e, k);
+      store((Kind::slope(e, k) + e.q) * weight[i], gradient + at);
     }
   }
-  sums.value += fold_sum(value);
+  return value;
 }
 
 // Pass 2 where H is a sum: q stays in b.q and h in b.p.
-template <class Kind, class In, class Real>
-void block_slopes(const Block<In, Real> b, const KindParams<Real> k, Sums& sums, Prefetch touch) {
+template <class Real>
+struct Slopes {
   Lanes<Real> value, slope;
+};
+template <class Kind, class In, class Real, class Scalar>
+Slopes<Real> block_slopes(const Block<In, Real, Scalar> b, const KindParams<Real> k,
+                          Prefetch touch) {
+  Slopes<Real> sums;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const int64_t at = j + i * kWidth<Real>;
-      const auto e = element(b, at);
-      value.at[i] += kind_term<Kind>(e, k);
+      const auto e = element(b, at, i);
+      sums.value[i] += kind_term<Kind>(e, k);
       const auto h = Kind::slope(e, k);
-      slope.at[i] += h;
+      sums.slope[i] += h;
       store(e.q, b.q + at);
       store(h, b.p + at);
     }
   }
-  sums.value += fold_sum(value);
-  sums.slope += fold_sum(slope);
+  return sums;
 }
 
 // Pass 3.
-template <class Out, class Real>
-void block_combine(int64_t n, const Real* q, const Real* h, Real H, Real weight, Out* gradient) {
-  n &= ~(kLanes - 1);
-#pragma omp simd
-  for (int64_t j = 0; j < n; j += kWidth<Real>) {
-    Lane<Real> qj, hj;
-    load(q + j, qj);
-    load(h + j, hj);
-    store(mul_add(-qj, Lane<Real>(H), hj) * Lane<Real>(weight), gradient + j);
+template <class Out, class Real, class Scalar>
+void block_combine(int64_t n, const Real* q, const Real* h, const Scalar H, const Scalar weight,
+                   Out* gradient) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const int64_t at = j + i * kWidth<Real>;
+      Lane<Real> qj, hj;
+      load(q + at, qj);
+      load(h + at, hj);
+      store(mul_add(-qj, H[i], hj) * weight[i], gradient + at);
+    }
   }
 }
 
-template <class In, class Real>
-void block_stats(const Block<In, Real> b, Sums& sums) {
-  Lanes<Real> acceptance, below, student, teacher;
+template <class Real>
+struct StatSums {
+  Lanes<Real> acceptance, below, student_entropy, teacher_entropy;
+};
+template <class In, class Real, class Scalar>
+StatSums<Real> block_stats(const Block<In, Real, Scalar> b) {
+  StatSums<Real> sums;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const auto e = element(b, j + i * kWidth<Real>);
+      const auto e = element(b, j + i * kWidth<Real>, i);
       const auto is_below = e.q < e.p;
-      acceptance.at[i] += select(is_below, e.q, e.p);
-      below.at[i] += select(is_below, e.q, Lane<Real>(0));
-      student.at[i] += times(e.q, -e.lq);
-      teacher.at[i] += times(e.p, -e.lp);
+      sums.acceptance[i] += select(is_below, e.q, e.p);
+      sums.below[i] += select(is_below, e.q, Lane<Real>(0));
+      sums.student_entropy[i] += times(e.q, -e.lq);
+      sums.teacher_entropy[i] += times(e.p, -e.lp);
     }
   }
-  sums.acceptance += fold_sum(acceptance);
-  sums.below += fold_sum(below);
-  sums.student_entropy += fold_sum(student);
-  sums.teacher_entropy += fold_sum(teacher);
+  return sums;
 }
 
 // The last steps of a gradient block that was made in a buffer: label term, soft-cap, storage type.
@@ -144,9 +150,5 @@ void finish_gradient(const Source<Real>& student, const LabelTerm<Real>& label, 
       g[j] = x[j] > -INFINITY ? chained : Real(0);
     }
   }
-  with_type(dtype, row, [&](auto* out) {
-    out += start;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) narrow(g[j], out[j]);
-  });
+  with_type(dtype, row, [&](auto* out) { narrow_first(columns, g, out + start); });
 }

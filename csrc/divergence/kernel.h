@@ -1,5 +1,5 @@
 // What crosses from op.cpp (torch tensors) to cpu.cpp (one copy an instruction set): pointers and
-// sizes, nothing that the two could instantiate differently.
+// sizes, and functions that are forced inline: a shared copy could be that of another instruction set.
 #pragma once
 #include <cstdint>
 
@@ -34,20 +34,61 @@ struct Problem {
   Rows gradient;  // data null: no gradient; may be the student's own rows
   int64_t rows;
   int64_t resident_limit;  // rows of more columns take the streaming path
+  int64_t short_limit;     // rows of at most so many columns are taken kLanes at a time
+};
+
+SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Whether rows are taken kLanes at a time.
+template <class Real>
+SH_INLINE bool together(const Problem<Real>& p) {
+  return p.vocab <= p.short_limit && p.kind != kCrossEntropy;
+}
+
+// A thread's scratch.
+template <class Real>
+struct Workspace {
+  static constexpr int kBuffers = 6, kTiles = 6;
+
+  Real *student, *teacher, *student_e, *teacher_e, *label_e, *gradient;  // [kBlock] each
+  Real *q, *p;              // [vocab] exponentials, then q and h; null on the streaming path
+  Real *q_shift, *p_shift;  // [blocks] x that a block's exponentials are relative to
+  Real* tiles[kTiles];      // [kLanes, padded(vocab)] each, for rows that are taken together
+
+  // Lays the parts out from `at`, or from nothing to learn the size; returns the end.
+  SH_INLINE Real* lay_out(const Problem<Real>& problem, Real* at) {
+    const int64_t blocks = problem.vocab / kBlock + 1;
+    const auto take = [&at](Real*& part, int64_t n) {
+      part = at;
+      at += (n + 15) / 16 * 16;
+    };
+    Real** const buffers[kBuffers] = {&student,   &teacher, &student_e,
+                                      &teacher_e, &label_e, &gradient};
+    for (Real** buffer : buffers) take(*buffer, kBlock);
+    take(q_shift, blocks);
+    take(p_shift, blocks);
+    q = p = nullptr;
+    if (problem.vocab <= problem.resident_limit) {
+      take(q, blocks * kBlock);
+      take(p, blocks * kBlock);
+    }
+    for (Real*& tile : tiles) take(tile, together(problem) ? kLanes * padded(problem.vocab) : 0);
+    return at;
+  }
 };
 
 // Bytes of scratch a thread needs.
 template <class Real>
-inline int64_t scratch_bytes(const Problem<Real>& p) {
-  const int64_t padded = (p.vocab + kBlock - 1) / kBlock * kBlock;
-  const int64_t resident = p.vocab <= p.resident_limit ? 2 * padded : 0;
-  return (resident + 2 * (p.vocab / kBlock + 1) + 8 * kBlock) * int64_t(sizeof(Real)) + 64;
+SH_INLINE int64_t scratch_bytes(const Problem<Real>& problem) {
+  Workspace<Real> w;
+  return (w.lay_out(problem, nullptr) - static_cast<Real*>(nullptr)) * int64_t(sizeof(Real)) + 64;
 }
 
 struct DivergenceKernels {
   void (*f32)(const Problem<float>&, int64_t lo, int64_t hi, void* scratch);
   void (*f64)(const Problem<double>&, int64_t lo, int64_t hi, void* scratch);
   void (*scale)(const Rows&, int64_t width, double factor, int64_t lo, int64_t hi);
+  int64_t short_limit;  // up to so many columns, kLanes rows at a time are faster than one
 };
 
 }  // namespace stillhouse

@@ -7,29 +7,32 @@
 template <class Real>
 struct LabelTerm {
   bool on = false;
-  Real gain = 1, gain2 = 1, shift = 0, factor = 1;  // q1 = factor 2^exponent(x)
+  Real gain = 1, gain2 = 1;
+  Normaliser<Real> normaliser;
   Real weight = 0, uniform = 0, hot = 0, value = 0;
   int64_t label = 0;
 
   LabelTerm() = default;
-  LabelTerm(const Problem<Real>& problem, int64_t label, const Source<Real>& student,
-            double student_lse, Workspace<Real>& w)
-      : on(true), label(label) {
+  LabelTerm(const Problem<Real>& problem, int64_t r, const Source<Real>& student,
+            const Normaliser<Real>& student_normaliser, const Workspace<Real>& w) {
+    on = problem.labels != nullptr && problem.label_weight > 0 && problem.labels[r] != -100;
+    if (!on) return;
+    normaliser = student_normaliser;
+    label = problem.labels[r];
     const double ratio = problem.student.temperature / problem.label_temperature;
-    Source<Real> source = student;
+    Source<Real> source = student.with_buffer(w.gradient);
     source.gain = gain = Real(student.gain * ratio);
-    const double lse = ratio == 1 ? student_lse
-                                  : exponentials<Real>(source, w.student, nullptr, nullptr,
-                                                       w.student_e, {source.row, 0});
     gain2 = source.gain2();
-    shift = Real(lse / gain);
-    factor = source.factor(shift, lse);
+    weight = row_weight(problem, r) * Real(problem.label_weight) * gain;
+    if (ratio != 1)
+      normaliser =
+          exponentials<Real>(source, nullptr, nullptr, w.label_e, Prefetch::none(source.row));
     double finite_sum = 0;
     int64_t finite = 0;
     const Real smoothing = Real(problem.label_smoothing);
     if (smoothing > 0) {
       for (int64_t start = 0; start < source.vocab; start += kBlock) {
-        const Real* x = source.load(start, w.student);
+        const Real* x = source.load(start);
         for (int64_t j = 0; j < source.columns(start); ++j)
           if (x[j] > -INFINITY) {
             finite_sum += x[j];
@@ -40,18 +43,19 @@ struct LabelTerm {
     }
     hot = 1 - smoothing;
     const int64_t start = label / kBlock * kBlock;
-    const Real x_label = source.load(start, w.student)[label - start];
-    value = hot * Real(lse - double(gain) * x_label);
-    if (smoothing > 0) value += Real(smoothing * lse - uniform * gain * finite_sum);
+    const Real x_label = source.load(start)[label - start];
+    value = hot * Real(normaliser.lse - double(gain) * x_label);
+    if (smoothing > 0) value += Real(smoothing * normaliser.lse - uniform * gain * finite_sum);
   }
 
   // -sum q1 log q1; e: [kBlock].
-  Real entropy(const Source<Real>& source, Real lse, Real* buffer, Real* e) const {
+  Real entropy(Source<Real>& source, Real* e) const {
+    const Real lse = Real(normaliser.lse), factor = normaliser.factor;
     double sum = 0;
     for (int64_t start = 0; start < source.vocab; start += kBlock) {
-      const Real* x = source.load(start, buffer);
+      const Real* x = source.load(start);
       const int64_t n = padded(source.columns(start));
-      block_exp(n, x, gain2, shift, e, {source.row, 0});
+      block_exp(n, x, gain2, Uniform<Real>(normaliser.shift), e, Prefetch::none(source.row));
       Real part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < n; ++j) part += times(factor * e[j], lse - gain * x[j]);
@@ -62,7 +66,8 @@ struct LabelTerm {
 
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
     n &= ~(kLanes - 1);
-    const Exponent<Real> exponent(gain2, shift);
+    const Exponent<Real> exponent(gain2, normaliser.shift);
+    const Real factor = normaliser.factor;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const Real q1 = factor * fast_exp2(exponent(x[j]));

@@ -33,10 +33,11 @@ struct KindParams {
   Real series[kSeriesTerms];  // Taylor coefficients of d / (q delta^2)
 };
 
-// mass * x with 0 * (+-inf) = 0
+// mass * x with 0 * (+-inf) = 0. A NaN must reach the value and the gradient in every kind, so what is
+// left where a comparison with it fails has to hold it.
 template <class Real>
 SH_INLINE Real times(Real mass, Real x) {
-  return select(mass > Real(0), mass * x, Real(0));
+  return select(mass > Real(0), mass * x, mass);
 }
 
 // |delta| below which the series takes over: its terms leave 1e-6 (float) and 1e-15 (double) there, the
@@ -84,10 +85,10 @@ struct MixtureLogs {
   Real q_over_m, p_over_m;
   SH_INLINE MixtureLogs(const Element<Real>& e, Real b) {
     const Real m = mul_add(b, e.p, (Real(1) - b) * e.q);
-    const auto teacher_larger = e.p > e.q;
-    const Real larger = fast_log(select(teacher_larger, e.p, e.q) / m);
-    q_over_m = select(teacher_larger, larger - e.delta, larger);
-    p_over_m = select(teacher_larger, larger, larger + e.delta);
+    const auto student_larger = e.q > e.p;
+    const Real larger = fast_log(select(student_larger, e.q, e.p) / m);
+    q_over_m = select(student_larger, larger, larger - e.delta);
+    p_over_m = select(student_larger, larger + e.delta, larger);
   }
 };
 
@@ -162,7 +163,7 @@ struct TVD {
   template <class Real, class Number>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     const Real half = Real(0.5) * e.q;
-    return select(e.q > e.p, half, select(e.q < e.p, -half, Real(0)));
+    return select(e.q > e.p, half, select(e.q < e.p, -half, e.p - e.q));
   }
 };
 

@@ -185,6 +185,7 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
                       p.labels[r], " of row ", r, " is outside [0, ", p.vocab, ") and not -100");
   }
   p.resident_limit = a.resident_limit < 0 ? kResidentLimit : a.resident_limit;
+  p.short_limit = a.resident_limit < 0 ? kernels().short_limit : 0;
   return p;
 }
 

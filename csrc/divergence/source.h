@@ -2,21 +2,30 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Sums are kept in kLanes lanes and folded once a block.
+// A number for each of kLanes lanes: sums of a long row, folded once a block, or what belongs to each
+// of kLanes short rows.
 template <class Real>
 constexpr int64_t kSteps = kLanes / kWidth<Real>;
 template <class Real>
 struct Lanes {
   Lane<Real> at[kSteps<Real>] = {};
+  SH_INLINE Lane<Real>& operator[](int64_t i) { return at[i]; }
+  SH_INLINE Lane<Real> operator[](int64_t i) const { return at[i]; }
+};
+
+// The same number for all.
+template <class Real>
+struct Uniform {
+  Real value;
+  SH_INLINE Uniform(Real value) : value(value) {}
+  SH_INLINE Lane<Real> operator[](int64_t) const { return Lane<Real>(value); }
 };
 
 template <class Real>
-SH_INLINE Real fold_sum(Lanes<Real>& sum) {
+SH_INLINE Real fold_sum(Lanes<Real> sum) {
   for (int64_t width = kSteps<Real> / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) sum.at[i] += sum.at[i + width];
-  return sum_of(sum.at[0]);
+    for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
+  return sum_of(sum[0]);
 }
 
 // x_0 ... x_(n - 1), then -inf up to a multiple of kLanes.
@@ -36,19 +45,41 @@ void widen_first(int64_t n, const In* x, Real* out) {
   }
 }
 
+// The way back, of the n alone.
+template <class Real, class Out>
+void narrow_first(int64_t n, const Real* x, Out* out) {
+  constexpr bool stores_vectors = std::is_same<Out, Real>::value || std::is_same<Out, Bf16>::value;
+  if constexpr (kWidth<Real> > 1 && stores_vectors) {
+    for (int64_t j = 0; j < n; j += kWidth<Real>) {
+      Lane<Real> xj;
+      load(x + j, xj);
+      store_first(n - j, xj, out + j);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) narrow(x[j], out[j]);
+  }
+}
+
 template <class Real, class In>
-Real block_max(int64_t n, const In* x) {
+Lanes<Real> lane_max(int64_t n, const In* x) {
   Lanes<Real> max;
   for (auto& lane : max.at) lane = Lane<Real>(-INFINITY);
   for (int64_t j = 0; j < n; j += kLanes) {
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       Lane<Real> xi;
       load(x + j + i * kWidth<Real>, xi);
-      max.at[i] = larger(xi, max.at[i]);
+      max[i] = larger(xi, max[i]);
     }
   }
-  for (int64_t i = 1; i < kSteps<Real>; ++i) max.at[0] = larger(max.at[i], max.at[0]);
-  return max_of(max.at[0]);
+  return max;
+}
+
+template <class Real, class In>
+Real block_max(int64_t n, const In* x) {
+  Lanes<Real> max = lane_max<Real>(n, x);
+  for (int64_t i = 1; i < kSteps<Real>; ++i) max[0] = larger(max[i], max[0]);
+  return max_of(max[0]);
 }
 
 // (x - shift) gain2, without an error that grows with x. The difference comes first, which is exact
@@ -62,8 +93,7 @@ struct Exponent {
   static constexpr bool kFused = false;
 #endif
   Number gain2, offset;
-  template <class Real>
-  SH_INLINE Exponent(Real gain2, Real shift)
+  SH_INLINE Exponent(Number gain2, Number shift)
       : gain2(gain2), offset(kFused ? shift * gain2 : shift) {}
   SH_INLINE Number operator()(Number x) const {
     if constexpr (kFused) return mul_add(x, gain2, -offset);
@@ -74,15 +104,19 @@ struct Exponent {
 // Tempered logit = gain * x, with x from load().
 template <class Real>
 struct Source {
-  char* row;
-  Dtype dtype;
-  int64_t vocab;
-  Real gain, scale, cap;
-  const Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
+  char* row = nullptr;
+  Real* buffer = nullptr;  // [kBlock], for blocks that cannot be read where they lie
+  int64_t in_buffer = -1;  // the start of the block that it holds
+  Dtype dtype = Dtype::f32;
+  int64_t vocab = 0;
+  Real gain = 1, scale = 1, cap = 0;
+  Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
   Real weight = 1, own_gain = 1;
 
-  Source(const Logits& logits, int64_t r, int64_t vocab)
+  Source() = default;
+  Source(const Logits& logits, int64_t r, int64_t vocab, Real* buffer)
       : row(row_of(logits.rows, r)),
+        buffer(buffer),
         dtype(logits.rows.dtype),
         vocab(vocab),
         gain(Real((logits.cap > 0 ? 1.0 : logits.scale) / logits.temperature)),
@@ -91,13 +125,27 @@ struct Source {
 
   // A weight of 0 or 1 is one side alone: 0 * -inf must not make a NaN, and the target at t = 0 is
   // the student to the last bit.
-  void mix_with(const Source& other, Real t) {
-    if (t == 0) *this = other;
+  void mix_with(Source& other, Real t) {
+    if (t == 0) *this = other.with_buffer(buffer);
     if (t == 0 || t == 1) return;
     student = &other;
     weight = t;
     own_gain = gain;
     gain = 1;
+  }
+
+  // Another row of the same logits.
+  Source at(char* other_row, Real* other_buffer) const {
+    Source other = with_buffer(other_buffer);
+    other.row = other_row;
+    return other;
+  }
+
+  Source with_buffer(Real* other) const {
+    Source copy = *this;
+    copy.buffer = other;
+    copy.in_buffer = -1;
+    return copy;
   }
 
   Real gain2() const { return Real(gain * kLog2e); }  // tempered logits in powers of two
@@ -109,9 +157,6 @@ struct Source {
       residue = double(shift) * double(gain2()) - double(Real(shift * gain2()));
     return double(gain) * double(shift) - residue / kLog2e;
   }
-
-  // What turns exponentials relative to `shift` into probabilities.
-  Real factor(Real shift, double lse) const { return Real(std::exp(origin(shift) - lse)); }
 
   int64_t columns(int64_t start) const { return vocab - start < kBlock ? vocab - start : kBlock; }
 
@@ -126,39 +171,58 @@ struct Source {
 
   // x of columns [start, start + columns), then -inf up to a multiple of kLanes. The row itself
   // where nothing has to be done to it.
-  const Real* load(int64_t start, Real* buffer) const {
+  const Real* load(int64_t start) {
     if (dtype == DtypeOf<Real>::value && plain(start)) return plain_block<Real>(start);
+    if (start == in_buffer) return buffer;
+    in_buffer = start;
     const int64_t n = columns(start), end = padded(n);
     with_type(dtype, row, [&](auto* in) { widen_first(n, in + start, buffer); });
     if (cap > 0) {
       for (int64_t j = 0; j < n; ++j)
         if (buffer[j] > -INFINITY) buffer[j] = cap * std::tanh(scale * buffer[j] / cap);
     }
-    if (student != nullptr) mix(start, end, buffer);
+    if (student != nullptr) mix(start, end);
     return buffer;
   }
 
-  Real top(int64_t start, Real* buffer) const {
-    return with_block(start, buffer, [](int64_t n, auto* x) { return block_max<Real>(n, x); });
+  Real top(int64_t start) {
+    return with_block(start, [](int64_t n, auto* x) { return block_max<Real>(n, x); });
   }
 
   // f(padded columns, x) with the block as bfloat16 where it can be read as it lies, else as Real.
   template <class F>
-  SH_INLINE Real with_block(int64_t start, Real* buffer, F f) const {
+  SH_INLINE Real with_block(int64_t start, F f) {
     const int64_t n = padded(columns(start));
     if constexpr (sizeof(Real) == 4)
       if (dtype == Dtype::bf16 && plain(start)) return f(n, plain_block<Bf16>(start));
-    return f(n, load(start, buffer));
+    return f(n, load(start));
   }
 
  private:
-  void mix(int64_t start, int64_t end, Real* buffer) const {
-    Real other[kBlock];
-    const Real* z = student->load(start, other);
+  void mix(int64_t start, int64_t end) {
+    const Real* z = student->load(start);
     const Real a = weight * own_gain, b = (1 - weight) * student->gain;
 #pragma omp simd
     for (int64_t j = 0; j < end; ++j) buffer[j] = mul_add(a, buffer[j], b * z[j]);
   }
+};
+
+// What makes probabilities of a row: log q = gain x - lse, and q = factor 2^exponent(x) relative to
+// `shift`.
+template <class Real>
+struct Normaliser {
+  double lse = 0;
+  Real shift = 0, factor = 1;
+
+  // The factor of another shift; kept, since the blocks of a row have few.
+  Real factor_at(Real other, const Source<Real>& source) {
+    if (other == shift) return factor;
+    if (other != last_shift) last_factor = Real(std::exp(source.origin(last_shift = other) - lse));
+    return last_factor;
+  }
+
+ private:
+  Real last_shift = NAN, last_factor = 0;
 };
 
 // Touches the row after this one while this one is computed, a line or two a step, so that memory
@@ -166,6 +230,7 @@ struct Source {
 struct Prefetch {
   const char* at;
   int64_t step;  // bytes
+  static Prefetch none(const void* at) { return {static_cast<const char*>(at), 0}; }
   SH_INLINE void operator()() {
     __builtin_prefetch(at, 0, 2);
     __builtin_prefetch(at + step / 2, 0, 2);
@@ -173,32 +238,33 @@ struct Prefetch {
   }
 };
 
-// e_j = 2^exponent(x_j), and their sum.
-template <class In, class Real>
-Real block_exp(int64_t n, const In* x, Real gain2, Real shift, Real* e, Prefetch touch) {
-  const Exponent<Lane<Real>> exponent(gain2, shift);
+// e_j = 2^exponent(x_j), and their sums. Shift: Uniform or Lanes.
+template <class In, class Real, class Shift>
+Lanes<Real> block_exp(int64_t n, const In* x, Real gain2, const Shift shift, Real* e,
+                      Prefetch touch) {
   Lanes<Real> sum;
   for (int64_t j = 0; j < n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const int64_t at = j + i * kWidth<Real>;
+      const Exponent<Lane<Real>> exponent(Lane<Real>(gain2), shift[i]);
       Lane<Real> xi;
       load(x + at, xi);
       const Lane<Real> ei = fast_exp2(exponent(xi));
       store(ei, e + at);
-      sum.at[i] += ei;
+      sum[i] += ei;
     }
   }
-  return fold_sum(sum);
+  return sum;
 }
 
 // Pass 1: the log-sum-exp of a row. Exponentials go to e (row-long) with each block's shift, or to
-// `block_e` if e is null. The shift is the first block's maximum; a block whose sum
-// shows that it lies far above is taken again with its own. In double: the difference of two such
-// sums is small, and an error in it is an error of the divergence.
+// `block_e` if e is null. The shift is the first block's maximum; a block whose sum shows that it lies
+// far above is taken again with its own. In double: the difference of two such sums is small, and an
+// error in it is an error of the divergence.
 template <class Real>
-double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shifts, Real* block_e,
-                    Prefetch touch) {
+Normaliser<Real> exponentials(Source<Real>& source, Real* e, Real* shifts, Real* block_e,
+                              Prefetch touch) {
   constexpr Real kOverflowing = Real(1e9);  // a block that exceeds the shift by far is taken again
   Real shift = 0;                           // a block of -inf alone: 2^-inf, not 2^nan
   bool shifted = false;
@@ -206,18 +272,19 @@ double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shi
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
     Real* out = e != nullptr ? e + start : block_e;
     const auto take = [&] {
-      return source.with_block(start, buffer, [&](int64_t n, auto* x) {
-        return block_exp(n, x, source.gain2(), shift, out, touch);
+      return source.with_block(start, [&](int64_t n, auto* x) {
+        return fold_sum(block_exp(n, x, source.gain2(), Uniform<Real>(shift), out, touch));
       });
     };
     if (!shifted) {
-      const Real top = source.top(start, buffer);
+      const Real top = source.top(start);
       shifted = top > -INFINITY;
       if (shifted) shift = top;
+      for (int64_t b = 0; shifts != nullptr && b < start / kBlock; ++b) shifts[b] = shift;
     }
     Real block_sum = take();
     if (!(block_sum < kOverflowing)) {
-      const Real top = source.top(start, buffer);
+      const Real top = source.top(start);
       sum *= std::exp(source.origin(shift) - source.origin(top));
       shift = top;
       block_sum = take();
@@ -226,18 +293,22 @@ double exponentials(const Source<Real>& source, Real* buffer, Real* e, Real* shi
     sum += block_sum;
     if (shifts != nullptr) shifts[start / kBlock] = shift;
   }
-  return source.origin(shift) + std::log(sum);
+  Normaliser<Real> normaliser;
+  normaliser.lse = source.origin(shift) + std::log(sum);
+  normaliser.shift = shift;
+  normaliser.factor = Real(1 / sum);
+  return normaliser;
 }
 
 template <class Real>
-int64_t first_argmax(const Source<Real>& source, Real* buffer) {
+int64_t first_argmax(Source<Real>& source) {
   Real top = -INFINITY;
   int64_t index = 0;
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
-    const Real m = source.top(start, buffer);
+    const Real m = source.top(start);
     if (!(m > top)) continue;
     top = m;
-    const Real* x = source.load(start, buffer);
+    const Real* x = source.load(start);
     for (int64_t j = source.columns(start) - 1; j >= 0; --j)
       if (x[j] == m) index = start + j;
   }

@@ -29,6 +29,7 @@ int main(int argc, char** argv) {
   set_series(kind, std::atof(argv[2]), problem.params);
   problem.rows = rows;
   problem.resident_limit = 1 << 18;
+  problem.short_limit = STILLHOUSE_ISA::divergence_kernels.short_limit;
   problem.value = value.data();
   problem.gradient = as_rows(gradient.data());
   std::vector<char> scratch(scratch_bytes(problem));

@@ -40,9 +40,10 @@ def level(request):
     ops.cpu_level(best)
 
 
-@pytest.fixture(params=["resident", "streaming"])
+@pytest.fixture(params=["resident", "streaming", "chosen"])
 def path(request, monkeypatch):
-    limit = 0 if request.param == "streaming" else 1 << 30
+    """Short rows are taken together only where the kernel chooses the path."""
+    limit = {"resident": 1 << 30, "streaming": 0, "chosen": -1}[request.param]
     monkeypatch.setattr(divergence_autograd, "_resident_limit", limit)
     return request.param
 
@@ -99,7 +100,8 @@ def compare(student, teacher, kind, mask=None, **arguments):
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_widths(kind, dtype, level, path):
     for width in WIDTHS:
-        compare(logits(3, width, dtype), logits(3, width, dtype), kind)
+        rows = 75 if width < 300 else 3
+        compare(logits(rows, width, dtype), logits(rows, width, dtype), kind)
 
 
 ARGUMENTS = {
@@ -151,6 +153,12 @@ def test_masked_columns(kind, dtype, level, path):
     student[:, 4100], teacher[:, 4100] = 200, 200
     teacher[:, 4500] = 203
     compare(student, teacher, kind)
+    # Far below zero, after a block of -inf alone.
+    compare(student - 500, teacher - 500, kind)
+    short_student, short_teacher = logits(40, 49, dtype), logits(40, 49, dtype)
+    short_student[:, 5:20], short_teacher[:, 5:20] = -torch.inf, -torch.inf
+    short_student[3, 30], short_teacher[4, 31] = 40, 40
+    compare(short_student, short_teacher, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,17 +173,19 @@ def test_masked_teacher_columns(kind, dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_masked_rows_are_not_read(kind, dtype, level):
-    student, teacher = logits(4, 300, dtype), logits(4, 300, dtype)
-    mask = torch.tensor([True, False, True, False])
-    compare(student, teacher, kind, mask=mask)
-    student[~mask], teacher[~mask] = torch.nan, torch.nan
-    student.requires_grad_()
-    value, stats = ops.divergence(student, teacher, kind, mask=mask, return_stats=True)
-    value.sum().backward()
-    assert value[~mask].eq(0).all()
-    assert torch.stack(stats)[:, ~mask].eq(0).all()
-    assert student.grad[~mask].eq(0).all()
-    assert student.grad.isfinite().all()
+    for rows, width in ((4, 350), (75, 49)):
+        student, teacher = logits(rows, width, dtype), logits(rows, width, dtype)
+        mask = torch.rand(rows) < 0.6
+        mask[:2] = torch.tensor([True, False])
+        compare(student, teacher, kind, mask=mask)
+        student[~mask], teacher[~mask] = torch.nan, torch.nan
+        student.requires_grad_()
+        value, stats = ops.divergence(student, teacher, kind, mask=mask, return_stats=True)
+        value.sum().backward()
+        assert value[~mask].eq(0).all()
+        assert torch.stack(stats)[:, ~mask].eq(0).all()
+        assert student.grad[~mask].eq(0).all()
+        assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

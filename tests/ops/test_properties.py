@@ -94,20 +94,25 @@ def test_disjoint_supports():
     assert ops.divergence(z, t, "tvd").item() == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("width", [40, 5003])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nan_is_not_hidden(width, dtype):
-    z, t = torch.randn(2, width).to(dtype), torch.randn(2, width).to(dtype)
-    z[0, width - 3] = torch.nan
-    value = ops.divergence(z, t)
-    assert value[0].isnan()
-    assert value[1].isfinite()
-    assert ops.divergence(t, z)[0].isnan()
-
-
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("width", [40, 400, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, ops.TAID(0.4)], ids=repr)
-def test_threads_do_not_change_a_bit(kind):
-    z, t = torch.randn(37, 3001), torch.randn(37, 3001)
+def test_nan_is_not_hidden(kind, dtype, width, bad):
+    """A NaN or infinity on either side makes its row's value and whole gradient NaN, no other's."""
+    for side in (0, 1):
+        rows = [torch.randn(3, width).to(dtype), torch.randn(3, width).to(dtype)]
+        rows[side][1, width - 3] = bad
+        value, gradient = grad(*rows, kind)
+        assert value.isnan().tolist() == [False, True, False]
+        assert gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(37, 3001), (3001, 37)])
+@pytest.mark.parametrize("kind", [*KINDS, ops.TAID(0.4)], ids=repr)
+def test_threads_do_not_change_a_bit(kind, rows, width):
+    z, t = torch.randn(rows, width), torch.randn(rows, width)
     threads, results = torch.get_num_threads(), []
     for n in (1, 2):
         torch.set_num_threads(n)
@@ -121,8 +126,9 @@ def test_threads_do_not_change_a_bit(kind):
 
 
 def test_rows_do_not_depend_on_their_neighbours():
-    z, t = torch.randn(9, 3001), torch.randn(9, 3001)
-    assert torch.equal(ops.divergence(z, t)[4:5], ops.divergence(z[4:5], t[4:5]))
+    for width in (49, 3001):
+        z, t = torch.randn(75, width), torch.randn(75, width)
+        assert torch.equal(ops.divergence(z, t)[4:5], ops.divergence(z[4:5], t[4:5]))
 
 
 def test_student_below_and_agreement():

@@ -53,6 +53,18 @@ def test_only_stable_symbols_are_needed(name):
     assert foreign(symbols) == []
 
 
+def test_instruction_sets_share_no_function():
+    """Of a function that several objects define the linker keeps one copy, perhaps of AVX-512."""
+    root = Path(__file__).parents[2]
+    objects = sorted(root.glob("build/editable/CMakeFiles/kernels_*.dir/csrc/*/cpu.cpp.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs the build folder of an editable install, and nm")
+    for path in objects:
+        command = ["nm", "-C", "--defined-only", str(path)]
+        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert [line for line in table.splitlines() if line.split()[1] in "WVu"] == [], path
+
+
 @pytest.mark.parametrize(("name", "needed"), [("_cpu", "libtorch_cpu"), ("_cuda", "libtorch_cuda")])
 def test_the_loader_is_told_which_torch_library_is_needed(name, needed):
     if shutil.which("readelf") is None:

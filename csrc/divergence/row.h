@@ -1,0 +1,189 @@
+// One row at a time.
+// Included by cpu.cpp inside the namespace of its instruction set.
+#pragma once
+
+struct Sums {
+  double value = 0, slope = 0;
+  double acceptance = 0, below = 0, student_entropy = 0, teacher_entropy = 0;
+};
+
+// One row under one kind.
+template <class Kind, class Real>
+struct DivergenceRow {
+  const Problem<Real>& problem;
+  const Workspace<Real>& w;
+  Source<Real> student, teacher;
+  Normaliser<Real> z_normaliser, t_normaliser;
+  LabelTerm<Real> label;
+  Real weight = 0;
+  char* gradient = nullptr;
+  Sums sums;
+  Prefetch touch{};
+
+  // next: a later row whose memory is touched meanwhile; r itself if there is none.
+  DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
+      : problem(problem),
+        w(w),
+        student(problem.student, r, problem.vocab, w.student),
+        teacher(problem.teacher, r, problem.vocab, w.teacher) {
+    if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
+    // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
+    const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
+    const char* next_student = row_of(problem.student.rows, next);
+    z_normaliser = exponentials(student, w.q, w.q_shift, w.student_e, {next_student, line / 2});
+    t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
+                                {next_student + half * element_size(student.dtype), line / 2});
+    touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
+    label = LabelTerm<Real>(problem, r, student, z_normaliser, w);
+    weight = divergence_weight(problem, r) * student.gain;
+    if (problem.gradient.data != nullptr) gradient = row_of(problem.gradient, r);
+  }
+
+  // Passes 2 and 3.
+  void run() {
+    for (int64_t start = 0; start < problem.vocab; start += kBlock) {
+      pass2(start);
+      touch.at += touch.step * (padded(student.columns(start)) / kLanes);
+    }
+    touch.step = 0;
+    if (Kind::kUnitSlope || gradient == nullptr) return;
+    for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start, Real(sums.slope));
+  }
+
+ private:
+  // Whether the block's student, teacher and gradient can be used where they lie, as T.
+  template <class T>
+  bool plain(int64_t start) const {
+    constexpr Dtype dtype = DtypeOf<T>::value;
+    return student.dtype == dtype && teacher.dtype == dtype && student.plain(start) &&
+           teacher.plain(start) &&
+           (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
+  }
+
+  template <class In>
+  using RowBlock = Block<In, Real, Uniform<Real>>;
+
+  template <class In>
+  RowBlock<In> block(int64_t start, const In* z, const In* t) {
+    RowBlock<In> b{padded(student.columns(start)),
+                   z,
+                   t,
+                   w.student_e,
+                   w.teacher_e,
+                   student.gain,
+                   teacher.gain,
+                   student.gain / teacher.gain,
+                   minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
+                   minus_two_part<Real>(z_normaliser.lse),
+                   minus_two_part<Real>(t_normaliser.lse),
+                   z_normaliser.factor,
+                   t_normaliser.factor};
+    if (w.q != nullptr) {
+      b.q = w.q + start;
+      b.p = w.p + start;
+      b.q_factor = z_normaliser.factor_at(w.q_shift[start / kBlock], student);
+      b.p_factor = t_normaliser.factor_at(w.p_shift[start / kBlock], teacher);
+    } else {
+      const Uniform<Real> z_shift(z_normaliser.shift), t_shift(t_normaliser.shift);
+      block_exp(b.n, z, student.gain2(), z_shift, b.q, Prefetch::none(z));
+      block_exp(b.n, t, teacher.gain2(), t_shift, b.p, Prefetch::none(t));
+    }
+    return b;
+  }
+
+  // Pass 2 on a block. Out: where a gradient of known H goes.
+  template <class In, class Out>
+  void terms(const RowBlock<In>& b, Out* out) {
+    if (problem.stats != nullptr) {
+      const StatSums<Real> s = block_stats(b);
+      sums.acceptance += fold_sum(s.acceptance);
+      sums.below += fold_sum(s.below);
+      sums.student_entropy += fold_sum(s.student_entropy);
+      sums.teacher_entropy += fold_sum(s.teacher_entropy);
+    }
+    if (gradient == nullptr) {
+      sums.value += fold_sum(block_value<Kind>(b, problem.params, touch));
+    } else if constexpr (Kind::kUnitSlope) {
+      const Uniform<Real> scale(weight);
+      sums.value += fold_sum(block_gradient<Kind>(b, problem.params, scale, out, touch));
+    } else {
+      const Slopes<Real> s = block_slopes<Kind>(b, problem.params, touch);
+      sums.value += fold_sum(s.value);
+      sums.slope += fold_sum(s.slope);
+    }
+  }
+
+  void pass2(int64_t start) {
+    if constexpr (sizeof(Real) == 4) {
+      if (plain<Bf16>(start))
+        return terms(block(start, student.template plain_block<Bf16>(start),
+                           teacher.template plain_block<Bf16>(start)),
+                     reinterpret_cast<Bf16*>(gradient) + start);
+    }
+    const auto b = block(start, student.load(start), teacher.load(start));
+    const bool direct = plain<Real>(start);
+    Real* out = direct ? reinterpret_cast<Real*>(gradient) + start : w.gradient;
+    terms(b, out);
+    if (Kind::kUnitSlope && gradient != nullptr && !direct)
+      finish_gradient(student, label, start, b.z, out, problem.gradient.dtype, gradient);
+  }
+
+  void pass3(int64_t start, Uniform<Real> H) {
+    const Uniform<Real> scale(weight);
+    const int64_t n = padded(student.columns(start));
+    const Real *q = w.q + start, *h = w.p + start, *x = nullptr;
+    if (w.q == nullptr) {
+      const auto b = block(start, student.load(start), teacher.load(start));
+      block_slopes<Kind>(b, problem.params, touch);
+      q = b.q, h = b.p, x = b.z;
+    }
+    if constexpr (sizeof(Real) == 4) {
+      if (plain<Bf16>(start))
+        return block_combine(n, q, h, H, scale, reinterpret_cast<Bf16*>(gradient) + start);
+    }
+    if (plain<Real>(start))
+      return block_combine(n, q, h, H, scale, reinterpret_cast<Real*>(gradient) + start);
+    block_combine(n, q, h, H, scale, w.gradient);
+    if (x == nullptr && (label.on || student.cap > 0)) x = student.load(start);
+    finish_gradient(student, label, start, x, w.gradient, problem.gradient.dtype, gradient);
+  }
+};
+
+template <class Kind, class Real>
+void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
+                    const Workspace<Real>& w) {
+  DivergenceRow<Kind, Real> row(problem, r, next, w);
+  // Before pass 2, which may write the gradient over the student.
+  const Real agreement =
+      problem.stats != nullptr && first_argmax(row.student) == first_argmax(row.teacher);
+  row.run();
+  const Sums& sums = row.sums;
+  write_value(problem, r, Real(sums.value), row.label);
+  if (problem.stats != nullptr)
+    write_stats<Real>(
+        problem, r,
+        {Real(sums.acceptance), agreement, Real(sums.student_entropy), Real(sums.teacher_entropy),
+         Real(row.z_normaliser.lse), Real(row.t_normaliser.lse), Real(sums.below)});
+}
+
+// Cross-entropy to labels: the label term alone, one side.
+template <class Real>
+void label_row(const Problem<Real>& problem, int64_t r, const Workspace<Real>& w) {
+  Source<Real> student(problem.student, r, problem.vocab, w.student);
+  const Normaliser<Real> normaliser =
+      exponentials<Real>(student, nullptr, nullptr, w.student_e, Prefetch::none(student.row));
+  const LabelTerm<Real> label(problem, r, student, normaliser, w);
+  if (problem.value != nullptr) problem.value[r] = label.value;
+  if (problem.stats != nullptr) {
+    const Real none = NAN;  // there is no teacher to compare with
+    const Real entropy = label.entropy(student, w.student_e);
+    write_stats<Real>(problem, r, {none, none, entropy, none, Real(normaliser.lse), none, none});
+  }
+  if (problem.gradient.data == nullptr) return;
+  for (int64_t start = 0; start < problem.vocab; start += kBlock) {
+    const Real* x = student.load(start);
+    for (int64_t j = 0; j < padded(student.columns(start)); ++j) w.gradient[j] = 0;
+    finish_gradient(student, label, start, x, w.gradient, problem.gradient.dtype,
+                    row_of(problem.gradient, r));
+  }
+}
