@@ -93,18 +93,35 @@ SH_INLINE void load_first(int64_t n, const Bf16* x, Float16x& out) {
   out = widen(_mm256_mask_loadu_epi16(none, first(n), x));
 }
 
-// To nearest even. The NaN of an operation, and any that came from 16 bits, has no low bits to carry
-// out of and stays one.
+// To nearest even, in the upper half of each 32 bits. The NaN of an operation, and any that came from
+// 16 bits, has no low bits to carry out of and stays one.
+SH_INLINE __m512i rounded_to_bf16(Float16x x) {
+  const __m512i b = _mm512_castps_si512(x.v), half = _mm512_set1_epi32(0x7fff);
+  const __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000));
+  const __m512i r = _mm512_add_epi32(b, half);
+  return _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
+}
 SH_INLINE __m256i to_bf16(Float16x x) {
-  const __m512i b = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(x), 16));
 }
 SH_INLINE void store(Float16x x, float* out) { _mm512_storeu_ps(out, x.v); }
-SH_INLINE void store(Float16x x, Bf16* out) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), to_bf16(x));
+
+// Step i of two over 32 elements. Of bfloat16, the even ones and then the odd ones: a shift and a mask
+// are cheaper than two conversions, and an order that all of a block share is as good as another.
+SH_INLINE void load_step(const Bf16* x, int64_t i, Float16x& out) {
+  const __m512i both = _mm512_loadu_si512(x);
+  out = _mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(both, 16)
+                                   : _mm512_and_epi32(both, _mm512_set1_epi32(int(0xffff0000))));
 }
+struct Bf16Steps {
+  Bf16* out;
+  __m512i even = {};
+  SH_INLINE void store(int64_t i, Float16x x) {
+    const __m512i rounded = rounded_to_bf16(x);
+    if (i == 0) even = _mm512_srli_epi32(rounded, 16);
+    if (i == 1) _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded));
+  }
+};
 
 // Row i, column j of sixteen vectors becomes row j, column i.
 SH_INLINE void transpose(__m512 (&a)[16]) {
@@ -150,6 +167,23 @@ template <class Real, class Out>
 SH_INLINE void store(Real x, Out* out) {
   narrow(x, *out);
 }
+
+// Step i of a short loop over lanes: a load, and a place to store to.
+template <class In, class Lane>
+SH_INLINE void load_step(const In* x, int64_t i, Lane& out) {
+  load(x + i * (sizeof(Lane) > 8 ? 16 : 1), out);
+}
+template <class Lane, class Out>
+struct Steps {
+  Out* out;
+  SH_INLINE void store(int64_t i, Lane x) {
+    stillhouse::store(x, out + i * (sizeof(Lane) > 8 ? 16 : 1));
+  }
+};
+#if defined(__AVX512F__)
+template <>
+struct Steps<Float16x, Bf16> : Bf16Steps {};
+#endif
 
 template <class Real>
 SH_INLINE Real larger(Real a, Real b) {

@@ -25,15 +25,15 @@ struct Block {
   Scalar q_factor, p_factor;
 };
 
-// Elements j ... j + kWidth - 1, at step i of the lanes.
+// Step i of the elements from j.
 template <class In, class Real, class Scalar>
 SH_INLINE Element<Lane<Real>> element(const Block<In, Real, Scalar>& b, int64_t j, int64_t i) {
   using L = Lane<Real>;
   L z, t, q, p;
-  load(b.z + j, z);
-  load(b.t + j, t);
-  load(b.q + j, q);
-  load(b.p + j, p);
+  load_step(b.z + j, i, z);
+  load_step(b.t + j, i, t);
+  load_step(b.q + j, i, q);
+  load_step(b.p + j, i, p);
   Element<L> e;
   e.lq = mul_add(L(b.z_gain), z, b.z_lse.high[i]) + b.z_lse.low[i];
   e.lp = mul_add(L(b.t_gain), t, b.t_lse.high[i]) + b.t_lse.low[i];
@@ -53,7 +53,7 @@ Lanes<Real> block_value(const Block<In, Real, Scalar> b, const KindParams<Real> 
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      value[i] += kind_term<Kind>(element(b, j + i * kWidth<Real>, i), k);
+      value[i] += kind_term<Kind>(element(b, j, i), k);
     }
   }
   return value;
@@ -66,11 +66,11 @@ Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Rea
   Lanes<Real> value;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
+    Steps<Lane<Real>, Out> out{gradient + j};
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
-      const auto e = element(b, at, i);
+      const auto e = element(b, j, i);
       value[i] += kind_term<Kind>(e, k);
-      store((Kind::slope(e, k) + e.q) * weight[i], gradient + at);
+      out.store(i, (Kind::slope(e, k) + e.q) * weight[i]);
     }
   }
   return value;
@@ -89,7 +89,7 @@ Slopes<Real> block_slopes(const Block<In, Real, Scalar> b, const KindParams<Real
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const int64_t at = j + i * kWidth<Real>;
-      const auto e = element(b, at, i);
+      const auto e = element(b, j, i);
       sums.value[i] += kind_term<Kind>(e, k);
       const auto h = Kind::slope(e, k);
       sums.slope[i] += h;
@@ -105,12 +105,12 @@ template <class Out, class Real, class Scalar>
 void block_combine(int64_t n, const Real* q, const Real* h, const Scalar H, const Scalar weight,
                    Out* gradient) {
   for (int64_t j = 0; j < n; j += kLanes) {
+    Steps<Lane<Real>, Out> out{gradient + j};
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
       Lane<Real> qj, hj;
-      load(q + at, qj);
-      load(h + at, hj);
-      store(mul_add(-qj, H[i], hj) * weight[i], gradient + at);
+      load_step(q + j, i, qj);
+      load_step(h + j, i, hj);
+      out.store(i, mul_add(-qj, H[i], hj) * weight[i]);
     }
   }
 }
@@ -124,7 +124,7 @@ StatSums<Real> block_stats(const Block<In, Real, Scalar> b) {
   StatSums<Real> sums;
   for (int64_t j = 0; j < b.n; j += kLanes) {
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const auto e = element(b, j + i * kWidth<Real>, i);
+      const auto e = element(b, j, i);
       const auto is_below = e.q < e.p;
       sums.acceptance[i] += select(is_below, e.q, e.p);
       sums.below[i] += select(is_below, e.q, Lane<Real>(0));

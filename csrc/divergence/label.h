@@ -2,6 +2,11 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
+template <class Real>
+bool labelled(const Problem<Real>& problem, int64_t r) {
+  return problem.labels != nullptr && problem.label_weight > 0 && problem.labels[r] != -100;
+}
+
 // -(1 - s) log q1_y - s mean_j log q1_j over the columns that are not -inf, q1 = softmax of the
 // student's logits at the label's own temperature.
 template <class Real>
@@ -15,7 +20,7 @@ struct LabelTerm {
   LabelTerm() = default;
   LabelTerm(const Problem<Real>& problem, int64_t r, const Source<Real>& student,
             const Normaliser<Real>& student_normaliser, const Workspace<Real>& w) {
-    on = problem.labels != nullptr && problem.label_weight > 0 && problem.labels[r] != -100;
+    on = labelled(problem, r);
     if (!on) return;
     normaliser = student_normaliser;
     label = problem.labels[r];

@@ -27,6 +27,7 @@ struct DivergenceRow {
         student(problem.student, r, problem.vocab, w.student),
         teacher(problem.teacher, r, problem.vocab, w.teacher) {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
+    student.as_bf16 = teacher.as_bf16 = all_bf16(r);
     // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
     const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
     const char* next_student = row_of(problem.student.rows, next);
@@ -47,16 +48,25 @@ struct DivergenceRow {
     }
     touch.step = 0;
     if (Kind::kUnitSlope || gradient == nullptr) return;
-    for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start, Real(sums.slope));
+    for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
   }
 
  private:
+  bool all_bf16(int64_t r) const {
+    const bool gradient_too = problem.gradient.data == nullptr ||
+                              (problem.gradient.dtype == Dtype::bf16 && !labelled(problem, r));
+    const bool as_they_are = student.cap == 0 && teacher.cap == 0 && teacher.student == nullptr;
+    return student.dtype == Dtype::bf16 && teacher.dtype == Dtype::bf16 && gradient_too &&
+           as_they_are;
+  }
+
   // Whether the block's student, teacher and gradient can be used where they lie, as T.
   template <class T>
   bool plain(int64_t start) const {
+    if (!student.plain(start) || !teacher.plain(start)) return false;
+    if (std::is_same<T, Bf16>::value) return student.as_bf16;
     constexpr Dtype dtype = DtypeOf<T>::value;
-    return student.dtype == dtype && teacher.dtype == dtype && student.plain(start) &&
-           teacher.plain(start) &&
+    return student.dtype == dtype && teacher.dtype == dtype &&
            (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));
   }
 
@@ -128,24 +138,33 @@ struct DivergenceRow {
       finish_gradient(student, label, start, b.z, out, problem.gradient.dtype, gradient);
   }
 
-  void pass3(int64_t start, Uniform<Real> H) {
-    const Uniform<Real> scale(weight);
-    const int64_t n = padded(student.columns(start));
-    const Real *q = w.q + start, *h = w.p + start, *x = nullptr;
+  // Pass 3 on a block, from scratch or, without it, once more from the logits.
+  template <class In, class Out>
+  void combine(int64_t start, const In* z, const In* t, Out* out) {
+    const Real *q = w.q + start, *h = w.p + start;
     if (w.q == nullptr) {
-      const auto b = block(start, student.load(start), teacher.load(start));
+      const auto b = block(start, z, t);
       block_slopes<Kind>(b, problem.params, touch);
-      q = b.q, h = b.p, x = b.z;
+      q = b.q, h = b.p;
     }
+    block_combine(padded(student.columns(start)), q, h, Uniform<Real>(Real(sums.slope)),
+                  Uniform<Real>(weight), out);
+  }
+
+  void pass3(int64_t start) {
     if constexpr (sizeof(Real) == 4) {
       if (plain<Bf16>(start))
-        return block_combine(n, q, h, H, scale, reinterpret_cast<Bf16*>(gradient) + start);
+        return combine(start, student.template plain_block<Bf16>(start),
+                       teacher.template plain_block<Bf16>(start),
+                       reinterpret_cast<Bf16*>(gradient) + start);
     }
-    if (plain<Real>(start))
-      return block_combine(n, q, h, H, scale, reinterpret_cast<Real*>(gradient) + start);
-    block_combine(n, q, h, H, scale, w.gradient);
-    if (x == nullptr && (label.on || student.cap > 0)) x = student.load(start);
-    finish_gradient(student, label, start, x, w.gradient, problem.gradient.dtype, gradient);
+    const bool direct = plain<Real>(start);
+    const bool reads = w.q == nullptr || label.on || student.cap > 0;
+    const Real* z = reads ? student.load(start) : nullptr;
+    const Real* t = w.q == nullptr ? teacher.load(start) : nullptr;
+    combine(start, z, t, direct ? reinterpret_cast<Real*>(gradient) + start : w.gradient);
+    if (!direct)
+      finish_gradient(student, label, start, z, w.gradient, problem.gradient.dtype, gradient);
   }
 };
 
@@ -170,6 +189,7 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
 template <class Real>
 void label_row(const Problem<Real>& problem, int64_t r, const Workspace<Real>& w) {
   Source<Real> student(problem.student, r, problem.vocab, w.student);
+  student.as_bf16 = student.dtype == Dtype::bf16;
   const Normaliser<Real> normaliser =
       exponentials<Real>(student, nullptr, nullptr, w.student_e, Prefetch::none(student.row));
   const LabelTerm<Real> label(problem, r, student, normaliser, w);

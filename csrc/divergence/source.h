@@ -68,7 +68,7 @@ Lanes<Real> lane_max(int64_t n, const In* x) {
   for (int64_t j = 0; j < n; j += kLanes) {
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       Lane<Real> xi;
-      load(x + j + i * kWidth<Real>, xi);
+      load_step(x + j, i, xi);
       max[i] = larger(xi, max[i]);
     }
   }
@@ -109,6 +109,7 @@ struct Source {
   int64_t in_buffer = -1;  // the start of the block that it holds
   Dtype dtype = Dtype::f32;
   int64_t vocab = 0;
+  bool as_bf16 = false;  // whole lanes are read as they lie, in the order of load_step()
   Real gain = 1, scale = 1, cap = 0;
   Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
   Real weight = 1, own_gain = 1;
@@ -189,12 +190,12 @@ struct Source {
     return with_block(start, [](int64_t n, auto* x) { return block_max<Real>(n, x); });
   }
 
-  // f(padded columns, x) with the block as bfloat16 where it can be read as it lies, else as Real.
+  // f(padded columns, x), x as bfloat16 or as Real.
   template <class F>
   SH_INLINE Real with_block(int64_t start, F f) {
     const int64_t n = padded(columns(start));
     if constexpr (sizeof(Real) == 4)
-      if (dtype == Dtype::bf16 && plain(start)) return f(n, plain_block<Bf16>(start));
+      if (as_bf16 && plain(start)) return f(n, plain_block<Bf16>(start));
     return f(n, load(start));
   }
 
@@ -246,12 +247,11 @@ Lanes<Real> block_exp(int64_t n, const In* x, Real gain2, const Shift shift, Rea
   for (int64_t j = 0; j < n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
       const Exponent<Lane<Real>> exponent(Lane<Real>(gain2), shift[i]);
       Lane<Real> xi;
-      load(x + at, xi);
+      load_step(x + j, i, xi);
       const Lane<Real> ei = fast_exp2(exponent(xi));
-      store(ei, e + at);
+      store(ei, e + j + i * kWidth<Real>);
       sum[i] += ei;
     }
   }
