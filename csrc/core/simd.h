@@ -124,8 +124,9 @@ struct Bf16Steps {
 };
 
 // Row i, column j of sixteen vectors becomes row j, column i.
-SH_INLINE void transpose(__m512 (&a)[16]) {
-  __m512 b[16];
+SH_INLINE void transpose(Float16x (&x)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = x[i].v;
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -145,8 +146,8 @@ SH_INLINE void transpose(__m512 (&a)[16]) {
   }
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 2; ++k) {
-      a[4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0x88);
-      a[8 + 4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0xdd);
+      x[4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0x88);
+      x[8 + 4 * k + i] = _mm512_shuffle_f32x4(b[4 * k + i], b[8 + 4 * k + i], 0xdd);
     }
   }
 }

@@ -87,7 +87,7 @@ void rows_of_kind(const Problem<Real>& problem, int64_t lo, int64_t hi, const Wo
     if (counts(problem, r)) chosen[count++] = r;
     if (count == 0 || (count < kLanes && r + 1 < hi)) continue;
     for (int i = count; i < kLanes; ++i) chosen[i] = chosen[0];
-    short_rows<Kind>(problem, chosen, count, w);
+    short_rows<Kind>(problem, chosen, count, r + 1 < hi ? r + 1 : r, w);
     count = 0;
   }
 }

@@ -3,8 +3,12 @@
 #pragma once
 
 template <class Real>
+bool has_labels(const Problem<Real>& problem) {
+  return problem.labels != nullptr && problem.label_weight > 0;
+}
+template <class Real>
 bool labelled(const Problem<Real>& problem, int64_t r) {
-  return problem.labels != nullptr && problem.label_weight > 0 && problem.labels[r] != -100;
+  return has_labels(problem) && problem.labels[r] != -100;
 }
 
 // -(1 - s) log q1_y - s mean_j log q1_j over the columns that are not -inf, q1 = softmax of the

@@ -9,44 +9,50 @@ constexpr int64_t kShortLimit = 320;
 constexpr int64_t kShortLimit = 128;  // interleaving costs more without transpose()
 #endif
 
-// tile[j kLanes + i] = rows[i][j] for j < n. Rows can be read up to a multiple of kLanes.
-template <class Real>
-void interleave(int64_t n, const Real* const (&rows)[kLanes], Real* tile) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == 4) {
+template <class In, class Real>
+constexpr bool kTransposed =
+    kWidth<Real> == 16 && (std::is_same<In, Real>::value || std::is_same<In, Bf16>::value);
+
+// tile[j kLanes + i] = rows[i][j] for j < n.
+template <class In, class Real>
+void interleave(int64_t n, char* const (&rows)[kLanes], Real* tile) {
+  if constexpr (kTransposed<In, Real>) {
     for (int64_t j = 0; j < n; j += 16) {
       for (int64_t half = 0; half < kLanes; half += 16) {
-        __m512 x[16];
-        for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(rows[half + i] + j);
+        Lane<Real> x[16];
+        for (int i = 0; i < 16; ++i)
+          load_first(n - j, reinterpret_cast<const In*>(rows[half + i]) + j, x[i]);
         transpose(x);
-        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(tile + (j + i) * kLanes + half, x[i]);
+        for (int i = 0; i < 16; ++i) store(x[i], tile + (j + i) * kLanes + half);
       }
     }
-    return;
+  } else {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const In* x = reinterpret_cast<const In*>(rows[i]);
+      for (int64_t j = 0; j < n; ++j) tile[j * kLanes + i] = Real(widen(x[j]));
+    }
   }
-#endif
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t i = 0; i < kLanes; ++i) tile[j * kLanes + i] = rows[i][j];
 }
 
-// rows[i pitch + j] = tile[j kLanes + i] for j < n, and anything up to a multiple of kLanes.
-template <class Real>
-void deinterleave(int64_t n, const Real* tile, Real* rows, int64_t pitch) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == 4) {
+// rows[i][j] = tile[j kLanes + i] for j < n, i < count.
+template <class Out, class Real>
+void deinterleave(int64_t n, const Real* tile, char* const (&rows)[kLanes], int count) {
+  if constexpr (kTransposed<Out, Real>) {
     for (int64_t j = 0; j < n; j += 16) {
-      for (int64_t half = 0; half < kLanes; half += 16) {
-        __m512 x[16];
-        for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(tile + (j + i) * kLanes + half);
+      for (int64_t half = 0; half < count; half += 16) {
+        Lane<Real> x[16];
+        for (int i = 0; i < 16; ++i) load(tile + (j + i) * kLanes + half, x[i]);
         transpose(x);
-        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(rows + (half + i) * pitch + j, x[i]);
+        for (int i = 0; i < 16 && half + i < count; ++i)
+          store_first(n - j, x[i], reinterpret_cast<Out*>(rows[half + i]) + j);
       }
     }
-    return;
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      Out* x = reinterpret_cast<Out*>(rows[i]);
+      for (int64_t j = 0; j < n; ++j) narrow(tile[j * kLanes + i], x[j]);
+    }
   }
-#endif
-  for (int64_t i = 0; i < kLanes; ++i)
-    for (int64_t j = 0; j < n; ++j) rows[i * pitch + j] = tile[j * kLanes + i];
 }
 
 template <class Real>
@@ -79,50 +85,90 @@ MinusTwoPart<Lanes<Real>> minus_two_part(const double (&x)[kLanes]) {
   return {to_lanes(high), to_lanes(low)};
 }
 
-// One side of kLanes rows, its exponentials and what makes probabilities of them.
+// One side of kLanes rows.
 template <class Real>
 struct Side {
-  Source<Real> source[kLanes];
-  const Real* x[kLanes];
-  Real *tile, *e;
+  Source<Real> first;  // of row 0; the others differ in their place
+  char* row[kLanes];
+  Real *rows, *tile, *e;  // three tiles: rows as source(i) loads them, x, exponentials of x
   double lse[kLanes];
   Real shift[kLanes], factor[kLanes];
 
-  // student: TAID's mixture is with its rows.
-  Side(const Logits& logits, const Problem<Real>& problem, const int64_t* r, Real* rows, Real* tile,
-       Real* e, Side* student)
-      : tile(tile), e(e) {
-    const int64_t n = problem.vocab;
-    const Source<Real> first(logits, r[0], n, rows);
-    for (int i = 0; i < kLanes; ++i) {
-      source[i] = first.at(row_of(logits.rows, r[i]), rows + i * padded(n));
-      if (student != nullptr) source[i].mix_with(student->source[i], problem.params.a);
-      x[i] = source[i].load(0);
+  Side(const Logits& logits, const Problem<Real>& problem, const int64_t* r, Real* const* tiles)
+      : first(logits, r[0], problem.vocab, tiles[0]), rows(tiles[0]), tile(tiles[1]), e(tiles[2]) {
+    for (int i = 0; i < kLanes; ++i) row[i] = row_of(logits.rows, r[i]);
+    if (first.cap == 0 && first.dtype == DtypeOf<Real>::value) {
+      interleave<Real>(first.vocab, row, tile);
+    } else if (first.cap == 0 && first.dtype == Dtype::bf16) {
+      interleave<Bf16>(first.vocab, row, tile);
+    } else {
+      interleave_loaded();
     }
-    interleave(n, x, tile);
-    const Lanes<Real> max = lane_max<Real>(n * kLanes, tile);
+  }
+
+  void interleave_loaded() {
+    char* loaded[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      loaded[i] = reinterpret_cast<char*>(rows + i * padded(first.vocab));
+      Source<Real> one = source(i);
+      const Real* x = one.load(0);  // the row itself, if that is how it lies
+      if (x != one.buffer) loaded[i] = row[i];
+    }
+    interleave<Real>(first.vocab, loaded, tile);
+  }
+
+  Source<Real> source(int i) const { return first.at(row[i], rows + i * padded(first.vocab)); }
+
+  // TAID's target, as Source::mix_with has it for one row.
+  void mix_with(const Side& other, Real t) {
+    const Real a = t * first.gain, b = (1 - t) * other.first.gain;
+#pragma omp simd
+    for (int64_t j = 0; j < first.vocab * kLanes; ++j)
+      tile[j] = mul_add(a, tile[j], b * other.tile[j]);
+    first.gain = 1;
+  }
+
+  // Pass 1. touch: memory of the rows that are taken next.
+  void exponentials(Prefetch touch) {
+    const int64_t n = first.vocab * kLanes;
+    const Lanes<Real> max = lane_max<Real>(n, tile);
     from_lanes(max, shift);
     Real sum[kLanes];
-    from_lanes(block_exp(n * kLanes, tile, source[0].gain2(), max, e, Prefetch::none(tile)), sum);
+    from_lanes(block_exp(n, tile, first.gain2(), max, e, touch), sum);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      lse[i] = source[0].origin(shift[i]) + fast_log(double(sum[i]));
+      lse[i] = first.origin(shift[i]) + fast_log(double(sum[i]));
       factor[i] = 1 / sum[i];
     }
   }
+
+  void argmax(int64_t (&index)[kLanes]) const {
+    Real top[kLanes];
+    for (int i = 0; i < kLanes; ++i) top[i] = -INFINITY, index[i] = 0;
+    for (int64_t j = 0; j < first.vocab; ++j)
+      for (int i = 0; i < kLanes; ++i)
+        if (tile[j * kLanes + i] > top[i]) top[i] = tile[j * kLanes + i], index[i] = j;
+  }
 };
 
-// r: kLanes rows, of which the first `count` are wanted.
+// r: kLanes rows, of which the first `count` are wanted; next: the first of those that are taken next.
 template <class Kind, class Real>
-void short_rows(const Problem<Real>& problem, const int64_t* r, int count,
+void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64_t next,
                 const Workspace<Real>& w) {
-  const int64_t n = problem.vocab, pitch = padded(n);
-  Side<Real> student(problem.student, problem, r, w.tiles[0], w.tiles[1], w.tiles[2], nullptr);
-  Side<Real> teacher(problem.teacher, problem, r, w.tiles[3], w.tiles[4], w.tiles[5],
-                     problem.kind == kTAID ? &student : nullptr);
+  const int64_t n = problem.vocab;
+  const Real t = problem.kind == kTAID ? problem.params.a : Real(1);
+  Side<Real> student(problem.student, problem, r, w.tiles);
+  Side<Real> teacher(t == 0 ? problem.student : problem.teacher, problem, r, w.tiles + 3);
+  if (t > 0 && t < 1) teacher.mix_with(student, t);
+  const auto memory_of = [](const Rows& rows, int64_t row) {
+    return Prefetch{row_of(rows, row), kLanes * element_size(rows.dtype)};
+  };
+  student.exponentials(memory_of(problem.student.rows, next));
+  teacher.exponentials(memory_of(problem.teacher.rows, next));
+
   double lse_difference[kLanes];
   Real weight[kLanes];
-  const Real gain = student.source[0].gain, teacher_gain = teacher.source[0].gain;
+  const Real gain = student.first.gain, teacher_gain = teacher.first.gain;
   for (int i = 0; i < kLanes; ++i) {
     lse_difference[i] = teacher.lse[i] - student.lse[i];
     weight[i] = divergence_weight(problem, r[i]) * gain;
@@ -140,10 +186,10 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count,
                                              minus_two_part<Real>(teacher.lse),
                                              to_lanes(student.factor),
                                              to_lanes(teacher.factor)};
-  const Prefetch touch = Prefetch::none(student.tile);
+  const bool with_gradient = problem.gradient.data != nullptr;
   const Lanes<Real> scale = to_lanes(weight);
-  // The gradient takes the place of q, and its rows that of the teacher's.
-  Real *g = whole.q, *rows = w.tiles[3];
+  Real* g = whole.q;  // the gradient takes the place of q
+  Prefetch touch = with_gradient ? memory_of(problem.gradient, r[0]) : Prefetch::none(student.tile);
   RowSums value = {}, slope = {};
   RowSums acceptance = {}, below = {}, student_entropy = {}, teacher_entropy = {};
   // A few columns at a time: a lane that took them all would round once a column.
@@ -160,7 +206,7 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count,
       add_lanes(s.student_entropy, student_entropy);
       add_lanes(s.teacher_entropy, teacher_entropy);
     }
-    if (problem.gradient.data == nullptr) {
+    if (!with_gradient) {
       add_lanes(block_value<Kind>(b, problem.params, touch), value);
     } else if constexpr (Kind::kUnitSlope) {
       add_lanes(block_gradient<Kind>(b, problem.params, scale, g + at, touch), value);
@@ -169,32 +215,50 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count,
       add_lanes(s.value, value);
       add_lanes(s.slope, slope);
     }
+    touch.at += touch.step * kColumns;
   }
-  if (problem.gradient.data != nullptr) {
-    if (!Kind::kUnitSlope) {
-      Real H[kLanes];
-      for (int i = 0; i < kLanes; ++i) H[i] = Real(slope[i]);
-      block_combine(whole.n, whole.q, whole.p, to_lanes(H), scale, g);
-    }
-    deinterleave(n, g, rows, pitch);
+  if (with_gradient && !Kind::kUnitSlope) {
+    Real H[kLanes];
+    for (int i = 0; i < kLanes; ++i) H[i] = Real(slope[i]);
+    block_combine(whole.n, whole.q, whole.p, to_lanes(H), scale, g);
   }
 
-  for (int i = 0; i < count; ++i) {
-    Normaliser<Real> normaliser;
-    normaliser.lse = student.lse[i];
-    normaliser.shift = student.shift[i];
-    normaliser.factor = student.factor[i];
-    const LabelTerm<Real> label(problem, r[i], student.source[i], normaliser, w);
-    write_value(problem, r[i], Real(value[i]), label);
-    if (problem.stats != nullptr) {
-      const Real agreement = first_argmax(student.source[i]) == first_argmax(teacher.source[i]);
+  if (problem.stats != nullptr) {
+    int64_t student_top[kLanes], teacher_top[kLanes];
+    student.argmax(student_top);
+    teacher.argmax(teacher_top);
+    for (int i = 0; i < count; ++i) {
+      const Real agreement = student_top[i] == teacher_top[i];
       write_stats<Real>(
           problem, r[i],
           {Real(acceptance[i]), agreement, Real(student_entropy[i]), Real(teacher_entropy[i]),
            Real(student.lse[i]), Real(teacher.lse[i]), Real(below[i])});
     }
-    if (problem.gradient.data != nullptr)
-      finish_gradient(student.source[i], label, 0, student.x[i], rows + i * pitch,
-                      problem.gradient.dtype, row_of(problem.gradient, r[i]));
+  }
+  char* gradient[kLanes];
+  for (int i = 0; i < kLanes && with_gradient; ++i) gradient[i] = row_of(problem.gradient, r[i]);
+  const bool plain = student.first.cap == 0 && !has_labels(problem);
+  if (plain) {
+    for (int i = 0; i < count; ++i) write_value(problem, r[i], Real(value[i]), {});
+    if (!with_gradient) return;
+    if (problem.gradient.dtype == DtypeOf<Real>::value)
+      return deinterleave<Real>(n, g, gradient, count);
+    if (problem.gradient.dtype == Dtype::bf16) return deinterleave<Bf16>(n, g, gradient, count);
+  }
+  // Row by row, through what held the teacher's rows.
+  char* rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<char*>(teacher.rows + i * padded(n));
+  if (with_gradient) deinterleave<Real>(n, g, rows, count);
+  for (int i = 0; i < count; ++i) {
+    Source<Real> source = student.source(i);
+    Normaliser<Real> normaliser;
+    normaliser.lse = student.lse[i];
+    normaliser.shift = student.shift[i];
+    normaliser.factor = student.factor[i];
+    const LabelTerm<Real> label(problem, r[i], source, normaliser, w);
+    write_value(problem, r[i], Real(value[i]), label);
+    if (with_gradient)
+      finish_gradient(source, label, 0, plain ? nullptr : source.load(0),
+                      reinterpret_cast<Real*>(rows[i]), problem.gradient.dtype, gradient[i]);
   }
 }
