@@ -106,13 +106,12 @@ struct Side {
     }
   }
 
+  // What cannot be read as it lies.
   void interleave_loaded() {
     char* loaded[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       loaded[i] = reinterpret_cast<char*>(rows + i * padded(first.vocab));
-      Source<Real> one = source(i);
-      const Real* x = one.load(0);  // the row itself, if that is how it lies
-      if (x != one.buffer) loaded[i] = row[i];
+      source(i).load(0);
     }
     interleave<Real>(first.vocab, loaded, tile);
   }

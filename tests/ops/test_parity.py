@@ -218,6 +218,18 @@ def test_cross_entropy(dtype, smoothing, level, path):
     )
 
 
+@pytest.mark.parametrize("width", [32, 512])
+def test_bfloat16_rounds_ties_to_even(width, level):
+    """Gradients w q with q = 2^-n exactly and w half way between two bfloat16 numbers."""
+    z = torch.zeros(2, width, dtype=torch.bfloat16, requires_grad=True)
+    t = torch.full((2, width), -torch.inf, dtype=torch.bfloat16)
+    t[:, 0] = 0
+    value = ops.divergence(z, t)
+    value.backward(torch.tensor([1 + 1 / 256, 1 + 3 / 256]))
+    assert (z.grad[0, 1:] * width).eq(1).all()
+    assert (z.grad[1, 1:] * width).eq(1 + 1 / 64).all()
+
+
 @pytest.mark.parametrize("width", [151_936, 262_144])
 @pytest.mark.parametrize("kind", [ops.ForwardKL(), ops.JSD(), ops.TAID(0.4)], ids=repr)
 def test_long_rows(kind, width, path):
