@@ -27,10 +27,10 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup distill test bench claims wheel lint format clean FORCE
+.PHONY: help setup distill test simt-mutants ptxas bench claims wheel lint format clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@printf '\n  ARGS="…"    is handed to the command: make distill ARGS="--max_steps 20"\n'
 	@printf '  TORCH="…"   another torch (now %s)\n' "$(TORCH)"
 	@printf '  PYTHON="…"  the interpreter that .venv is made with (now %s)\n' "$(PYTHON)"
@@ -41,9 +41,15 @@ distill: setup  ## the main job: distil SmolLM2-135M-Instruct into six of its bl
 	$(call say,distilling (a report follows in runs/))
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill $(ARGS)
 
-test: $(STAMPS)/cuda $(STAMPS)/teacher  ## every test; builds the CUDA library too where nvcc is found
+test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
 	$(call say,running the tests)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+simt-mutants: $(STAMPS)/cpu $(STAMPS)/simt  ## delete each barrier and narrow each mask of the CUDA kernels: do the tests notice?
+	$(PY) tests/simt/mutants.py
+
+ptxas: $(STAMPS)/torch  ## registers, shared memory and spills of every CUDA kernel, for every architecture
+	$(PY) tools/ptxas.py $(ARGS)
 
 bench: setup $(STAMPS)/peers  ## measure against plain torch, torch.compile and peers; refreshes README's tables
 	$(call say,measuring (rows go to bench/results.csv))
@@ -110,6 +116,16 @@ $(STAMPS)/cuda: $(READY)
 	$(call say,building the kernels$(if $(shell command -v nvcc), for the CPU and CUDA) and installing the extras)
 	$(call install,AUTO)
 	@touch $@ $(STAMPS)/cpu
+
+# The CUDA sources compiled for the CPU by the executor of tests/simt, also with sanitizers.
+$(STAMPS)/simt: $(NATIVE) $(shell find tests/simt -type f -not -name '*.py*') $(STAMPS)/torch $(STAMPS)/build-tools
+	$(call say,building the CUDA kernels for the executor)
+	@for build in simt simt-asan; do \
+	  $(VENV)/bin/cmake -S tests/simt -B build/$$build -G Ninja -Wno-dev --log-level=WARNING \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	    -DSIMT_SANITIZE=$$(test $$build = simt-asan && echo ON || echo OFF) > /dev/null && \
+	  $(VENV)/bin/cmake --build build/$$build -- --quiet || exit 1; done
+	@touch $@
 
 # Only the weights are wanted, so the package's own dependencies stay out.
 $(STAMPS)/teacher: $(STAMPS)/torch

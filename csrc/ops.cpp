@@ -1,8 +1,8 @@
 // Every schema of the library. Arguments are checked in Python; `numbers` holds what may change
 // during training, so that nothing recompiles.
-#include <torch/csrc/stable/library.h>
+#include "core/library.h"
 
-STABLE_TORCH_LIBRARY(stillhouse, m) {
+STILLHOUSE_LIBRARY(m) {
   // Instruction-set level of the CPU kernels: -1 asks, another value switches.
   m.def("_cpu_level(int level) -> int");
 
@@ -10,23 +10,19 @@ STABLE_TORCH_LIBRARY(stillhouse, m) {
   // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row.
   m.def(
       "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "
-      "int kind, "
-      "int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor value, Tensor "
-      "stats)");
-  m.def(
-      "divergence_gradient(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? "
-      "labels, "
-      "int kind, int vocab=-1, int resident_limit=-1) -> Tensor");
-  m.def(
-      "divergence_loss(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, Tensor? "
-      "labels, "
       "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
+      "-> (Tensor value, Tensor stats)");
+  m.def(
+      "divergence_gradient(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, "
+      "Tensor? labels, int kind, int vocab=-1, int resident_limit=-1) -> Tensor");
+  m.def(
+      "divergence_loss(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, "
+      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
       "-> (Tensor loss, Tensor stats, Tensor gradient)");
   m.def(
       "divergence_loss_(Tensor(a!) student, Tensor? teacher, Tensor numbers, Tensor weight, "
-      "Tensor? labels, "
-      "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) -> (Tensor loss, "
-      "Tensor stats)");
+      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
+      "-> (Tensor loss, Tensor stats)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

@@ -1,17 +1,57 @@
-// What every CUDA file needs from torch: the current stream, a device guard, a launch that is checked.
+// What the host side of a CUDA file needs from torch: the current stream, a device guard, a launch that
+// is checked, output tensors. For the executor of tests/simt all of it is a CPU's.
 #pragma once
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "launch.h"
+#include "library.h"
 
 namespace stillhouse {
 
-inline cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
+// A tensor that a kernel will write.
+inline torch::stable::Tensor new_output(const torch::stable::Tensor& like,
+                                        const std::vector<int64_t>& shape,
+                                        torch::headeronly::ScalarType dtype) {
+  torch::stable::Tensor out = torch::stable::new_empty(like, shape, dtype);
+#if defined(STILLHOUSE_SIMT)
+  simt::poison(out.data_ptr(), size_t(out.numel()) * size_t(out.element_size()));
+#endif
+  return out;
 }
+
+// Kernels that are launched one after the other on the device of `like`, on its current stream.
+class Launcher {
+ public:
+#if defined(STILLHOUSE_SIMT)
+  explicit Launcher(const torch::stable::Tensor&) {}
+  template <class... Parameters, class... Arguments>
+  void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  Arguments... arguments) {
+    simt::Launch launch;
+    launch.grid = dim3(unsigned(blocks));
+    launch.block = dim3(unsigned(threads));
+    simt::run(launch, name, [&] { kernel(arguments...); });
+  }
+#else
+  explicit Launcher(const torch::stable::Tensor& like) : guard_(like.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  template <class... Parameters, class... Arguments>
+  void operator()(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                  Arguments... arguments) {
+    kernel<<<unsigned(blocks), threads, 0, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+#endif
+};
 
 }  // namespace stillhouse

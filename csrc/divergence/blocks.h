@@ -2,17 +2,6 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-// Minus a double in two parts: logits with an offset make a log-sum-exp large where what is subtracted
-// from it leaves little.
-template <class Scalar>
-struct MinusTwoPart {
-  Scalar high, low;
-};
-template <class Real>
-MinusTwoPart<Uniform<Real>> minus_two_part(double x) {
-  return {-Real(x), -Real(x - double(Real(x)))};
-}
-
 // One block as passes 2 and 3 see it: x of both sides, and probabilities up to a factor. Scalar is
 // Uniform for a block of one row, Lanes for kLanes rows side by side.
 template <class In, class Real, class Scalar>
@@ -20,30 +9,18 @@ struct Block {
   int64_t n;  // multiple of kLanes
   const In *z, *t;
   Real *q, *p;
-  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
-  MinusTwoPart<Scalar> lse_difference, z_lse, t_lse;
-  Scalar q_factor, p_factor;
+  RowScalars<Real, Scalar> row;
 };
 
 // Step i of the elements from j.
 template <class In, class Real, class Scalar>
 SH_INLINE Element<Lane<Real>> element(const Block<In, Real, Scalar>& b, int64_t j, int64_t i) {
-  using L = Lane<Real>;
-  L z, t, q, p;
+  Lane<Real> z, t, q, p;
   load_step(b.z + j, i, z);
   load_step(b.t + j, i, t);
   load_step(b.q + j, i, q);
   load_step(b.p + j, i, p);
-  Element<L> e;
-  e.lq = mul_add(L(b.z_gain), z, b.z_lse.high[i]) + b.z_lse.low[i];
-  e.lp = mul_add(L(b.t_gain), t, b.t_lse.high[i]) + b.t_lse.low[i];
-  e.q = q * b.q_factor[i];
-  e.p = p * b.p_factor[i];
-  // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
-  // taken in double.
-  const L gap = mul_add(L(-b.ratio), z, t);
-  e.delta = mul_add(L(b.t_gain), gap, b.lse_difference.high[i]) + b.lse_difference.low[i];
-  return e;
+  return make_element(b.row, z, t, q, p, i);
 }
 
 // Pass 2 without a gradient. Returns the values' sums.

@@ -1,52 +1,134 @@
-// The divergence family on CUDA: so far the scaling of a gradient by its upstream.
+// The divergence kernels of CUDA: which is launched for which rows, and the ops' registration.
 #include "../core/cuda.h"
-#include "../core/rows.h"
+#include "problem.h"
+#include "row.cuh"
 
 namespace stillhouse {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// Above this many columns (a chunk less, for rows that do not start on 16 bytes) a row does not stay in
+// the registers of a team.
+template <class In, int kThreads>
+constexpr int64_t kColumns = kThreads * kHeld - kChunk<In>;
 
-// gradient *= upstream over n contiguous elements; returns at once when upstream is 1.
-template <class T, class Up>
-__global__ void scale_kernel(T* gradient, const Up* upstream, int64_t n) {
-  const Up factor = *upstream;
-  if (factor == Up(1)) return;
-  const int64_t stride = int64_t(blockDim.x) * gridDim.x;
-  for (int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; j < n; j += stride)
-    narrow(Up(widen(gradient[j])) * factor, gradient[j]);
+template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
+void launch_rows(const Problem<Real>& p, Launcher& launch) {
+  constexpr int kBlock = kThreads < 128 ? 128 : kThreads;
+  constexpr int64_t kTeams = kBlock / kThreads;
+  launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kResident, kPlain>,
+         (p.rows + kTeams - 1) / kTeams, kBlock, p);
 }
 
-template <class T, class Up>
+template <class Kind, class Real, class In, bool kPlain>
+void choose_team(const Problem<Real>& p, Launcher& launch) {
+  if constexpr (std::is_same<In, Mixed>::value) {
+    if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, false, false>(p, launch);
+    return launch_rows<Kind, Real, In, 256, false, false>(p, launch);
+  } else {
+    const int64_t resident = p.resident_limit < 0 ? p.vocab : p.resident_limit;
+    if (p.vocab <= resident) {
+      if (p.vocab <= kColumns<In, 32>) return launch_rows<Kind, Real, In, 32, true, kPlain>(p, launch);
+      if (p.vocab <= kColumns<In, 128>)
+        return launch_rows<Kind, Real, In, 128, true, kPlain>(p, launch);
+      if (p.vocab <= kColumns<In, 256>)
+        return launch_rows<Kind, Real, In, 256, true, kPlain>(p, launch);
+    }
+    return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
+  }
+}
+
+template <class Kind, class Real, class In>
+void choose_plain(const Problem<Real>& p, Launcher& launch) {
+  if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value)
+    if (is_plain(p)) return choose_team<Kind, Real, In, true>(p, launch);
+  choose_team<Kind, Real, In, false>(p, launch);
+}
+
+template <class Kind, class Real>
+void choose_type(const Problem<Real>& p, Launcher& launch) {
+  const Dtype dtype = p.student.rows.dtype;
+  const bool same = (p.teacher.rows.data == nullptr || p.teacher.rows.dtype == dtype) &&
+                    (p.gradient.data == nullptr || p.gradient.dtype == dtype);
+  if constexpr (sizeof(Real) == 4) {
+    if (same && dtype == Dtype::f32) return choose_plain<Kind, Real, float>(p, launch);
+    if (same && dtype == Dtype::bf16) return choose_plain<Kind, Real, Bf16>(p, launch);
+    if (same && dtype == Dtype::fp16) return choose_plain<Kind, Real, Fp16>(p, launch);
+  }
+  choose_team<Kind, Real, Mixed, false>(p, launch);
+}
+
+// out = sum of weight * value, by one block in an order that does not change.
+template <class Real>
+__global__ void total_kernel(const Real* weight, const Real* value, int64_t rows, Real* out) {
+  double sum[1] = {0};
+  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x)
+    sum[0] += double(weight[r]) * double(value[r]);
+  Team<256>::reduce(sum, Add());
+  if (threadIdx.x == 0) *out = Real(sum[0]);
+}
+
+struct Cuda {
+  static Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return new_output(like, shape, dtype);
+  }
+
+  static Tensor gradient(const Tensor& student) {
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < student.dim(); ++i) shape.push_back(student.size(i));
+    return new_output(student, shape, student.scalar_type());
+  }
+
+  template <class Real>
+  static void launch(const Problem<Real>& p, const Tensor& student) {
+    if (p.rows == 0) return;
+    Launcher launch(student);
+    switch (p.kind) {
+      case kCrossEntropy:
+        return choose_type<LabelsOnly>(p, launch);
+#define SH_CASE(number, Kind) \
+  case number:                \
+    return choose_type<Kind>(p, launch);
+        SH_DIVERGENCE_KINDS(SH_CASE)
+#undef SH_CASE
+    }
+  }
+
+  template <class Real>
+  static void total(const Problem<Real>& p, Real* out, const Tensor& student) {
+    Launcher launch(student);
+    launch("total", total_kernel<Real>, 1, 256, p.weight, p.value, p.rows, out);
+  }
+};
+
+// gradient *= upstream; returns at once when upstream is 1.
+template <class Up>
+__global__ void scale_kernel(const Rows gradient, int64_t width, const Up* upstream) {
+  const Up factor = *upstream;
+  if (factor == Up(1)) return;
+  with_type(gradient.dtype, row_of(gradient, blockIdx.x), [&](auto* row) {
+    for (int64_t j = threadIdx.x; j < width; j += blockDim.x)
+      narrow(Up(widen(row[j])) * factor, row[j]);
+  });
+}
+
+template <class Up>
 void launch_scale(const Tensor& gradient, const Tensor& upstream) {
-  constexpr int kThreads = 256, kMaxBlocks = 4096;
-  const int64_t n = gradient.numel(), blocks = (n + kThreads - 1) / kThreads;
-  const int grid = int(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-  scale_kernel<<<grid, kThreads, 0, current_stream(gradient.get_device_index())>>>(
-      static_cast<T*>(gradient.data_ptr()), static_cast<const Up*>(upstream.const_data_ptr()), n);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (gradient.numel() == 0) return;
+  Launcher launch(gradient);
+  launch("scale", scale_kernel<Up>, count_rows(gradient), 256, rows_of(gradient),
+         gradient.size(gradient.dim() - 1), static_cast<const Up*>(upstream.const_data_ptr()));
 }
 
 void scale_(Tensor gradient, const Tensor& upstream) {
-  STD_TORCH_CHECK(gradient.is_contiguous(), "scale_ needs a contiguous gradient on CUDA");
-  if (gradient.numel() == 0) return;
-  torch::stable::accelerator::DeviceGuard guard(gradient.get_device_index());
-  switch (gradient.scalar_type()) {
-    case ScalarType::Float:
-      return launch_scale<float, float>(gradient, upstream);
-    case ScalarType::BFloat16:
-      return launch_scale<Bf16, float>(gradient, upstream);
-    case ScalarType::Half:
-      return launch_scale<Fp16, float>(gradient, upstream);
-    case ScalarType::Double:
-      return launch_scale<double, double>(gradient, upstream);
-    default:
-      STD_TORCH_CHECK(false, "gradient must be float32, bfloat16, float16 or float64");
-  }
+  if (upstream.scalar_type() == ScalarType::Double)
+    return launch_scale<double>(gradient, upstream);
+  launch_scale<float>(gradient, upstream);
 }
 
 }  // namespace
 }  // namespace stillhouse
 
-STABLE_TORCH_LIBRARY_IMPL(stillhouse, CUDA, m) { m.impl("scale_", TORCH_BOX(&stillhouse::scale_)); }
+STILLHOUSE_CUDA_LIBRARY(m) {
+  stillhouse::DivergenceOps<stillhouse::Cuda>::register_ops(m);
+  m.impl("scale_", TORCH_BOX(&stillhouse::scale_));
+}

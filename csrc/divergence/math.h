@@ -33,6 +33,50 @@ struct KindParams {
   Real series[kSeriesTerms];  // Taylor coefficients of d / (q delta^2)
 };
 
+// A number of a row where kLanes rows side by side have one each.
+template <class Real>
+struct Uniform {
+  Real value;
+  SH_INLINE Uniform(Real value) : value(value) {}
+  SH_INLINE Lane<Real> operator[](int64_t) const { return Lane<Real>(value); }
+};
+
+// Minus a double in two parts: logits with an offset make a log-sum-exp large where what is subtracted
+// from it leaves little.
+template <class Scalar>
+struct MinusTwoPart {
+  Scalar high, low;
+};
+template <class Real>
+SH_INLINE MinusTwoPart<Uniform<Real>> minus_two_part(double x) {
+  return {-Real(x), -Real(x - double(Real(x)))};
+}
+
+// What a row's elements have in common: gains of the logits, log-sum-exps of both sides and of the
+// teacher over the student, and what makes probabilities of the exponentials.
+template <class Real, class Scalar>
+struct RowScalars {
+  Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
+  MinusTwoPart<Scalar> lse_difference, z_lse, t_lse;
+  Scalar q_factor, p_factor;
+};
+
+// From logits z and t and exponentials q and p; i says whose scalars, where rows lie side by side.
+template <class Real, class Scalar, class L>
+SH_INLINE Element<L> make_element(const RowScalars<Real, Scalar>& row, L z, L t, L q, L p,
+                                  int64_t i) {
+  Element<L> e;
+  e.lq = mul_add(L(row.z_gain), z, row.z_lse.high[i]) + row.z_lse.low[i];
+  e.lp = mul_add(L(row.t_gain), t, row.t_lse.high[i]) + row.t_lse.low[i];
+  e.q = q * row.q_factor[i];
+  e.p = p * row.p_factor[i];
+  // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
+  // taken in double.
+  const L gap = mul_add(L(-row.ratio), z, t);
+  e.delta = mul_add(L(row.t_gain), gap, row.lse_difference.high[i]) + row.lse_difference.low[i];
+  return e;
+}
+
 // mass * x with 0 * (+-inf) = 0. A NaN must reach the value and the gradient in every kind, so what is
 // left where a comparison with it fails has to hold it.
 template <class Real>

@@ -80,19 +80,19 @@ struct DivergenceRow {
                    t,
                    w.student_e,
                    w.teacher_e,
-                   student.gain,
-                   teacher.gain,
-                   student.gain / teacher.gain,
-                   minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
-                   minus_two_part<Real>(z_normaliser.lse),
-                   minus_two_part<Real>(t_normaliser.lse),
-                   z_normaliser.factor,
-                   t_normaliser.factor};
+                   {student.gain,
+                    teacher.gain,
+                    student.gain / teacher.gain,
+                    minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
+                    minus_two_part<Real>(z_normaliser.lse),
+                    minus_two_part<Real>(t_normaliser.lse),
+                    z_normaliser.factor,
+                    t_normaliser.factor}};
     if (w.q != nullptr) {
       b.q = w.q + start;
       b.p = w.p + start;
-      b.q_factor = z_normaliser.factor_at(w.q_shift[start / kBlock], student);
-      b.p_factor = t_normaliser.factor_at(w.p_shift[start / kBlock], teacher);
+      b.row.q_factor = z_normaliser.factor_at(w.q_shift[start / kBlock], student);
+      b.row.p_factor = t_normaliser.factor_at(w.p_shift[start / kBlock], teacher);
     } else {
       const Uniform<Real> z_shift(z_normaliser.shift), t_shift(t_normaliser.shift);
       block_exp(b.n, z, student.gain2(), z_shift, b.q, Prefetch::none(z));

@@ -177,14 +177,14 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
                                              teacher.tile,
                                              student.e,
                                              teacher.e,
-                                             gain,
-                                             teacher_gain,
-                                             gain / teacher_gain,
-                                             minus_two_part<Real>(lse_difference),
-                                             minus_two_part<Real>(student.lse),
-                                             minus_two_part<Real>(teacher.lse),
-                                             to_lanes(student.factor),
-                                             to_lanes(teacher.factor)};
+                                             {gain,
+                                              teacher_gain,
+                                              gain / teacher_gain,
+                                              minus_two_part<Real>(lse_difference),
+                                              minus_two_part<Real>(student.lse),
+                                              minus_two_part<Real>(teacher.lse),
+                                              to_lanes(student.factor),
+                                              to_lanes(teacher.factor)}};
   const bool with_gradient = problem.gradient.data != nullptr;
   const Lanes<Real> scale = to_lanes(weight);
   Real* g = whole.q;  // the gradient takes the place of q

@@ -13,14 +13,6 @@ struct Lanes {
   SH_INLINE Lane<Real> operator[](int64_t i) const { return at[i]; }
 };
 
-// The same number for all.
-template <class Real>
-struct Uniform {
-  Real value;
-  SH_INLINE Uniform(Real value) : value(value) {}
-  SH_INLINE Lane<Real> operator[](int64_t) const { return Lane<Real>(value); }
-};
-
 template <class Real>
 SH_INLINE Real fold_sum(Lanes<Real> sum) {
   for (int64_t width = kSteps<Real> / 2; width > 0; width /= 2)

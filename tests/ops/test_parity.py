@@ -9,7 +9,8 @@ from stillhouse.ops import divergence_autograd
 from stillhouse.ops.divergence_arguments import check_call
 from stillhouse.ops.divergence_reference import reference
 
-LEVELS = range(ops.cpu_level() + 1)
+LEVELS = [*range(ops.cpu_level() + 1), "simt", "cuda"]
+_device = "cpu"  # of what logits() makes; the reference runs on the CPU
 KINDS = [
     ops.ForwardKL(),
     ops.ReverseKL(),
@@ -34,6 +35,17 @@ GRADIENT_ROUNDING = {
 
 @pytest.fixture(params=LEVELS, ids=lambda n: f"level{n}")
 def level(request):
+    """An instruction set of the CPU, or the CUDA kernels: on tests/simt's executor, on a GPU."""
+    global _device
+    if request.param == "simt":
+        request.getfixturevalue("simt")
+        yield "simt"
+        return
+    if request.param == "cuda":
+        _device = "cuda"
+        yield "cuda"
+        _device = "cpu"
+        return
     best = ops.cpu_level()
     ops.cpu_level(request.param)
     yield request.param
@@ -48,18 +60,28 @@ def path(request, monkeypatch):
     return request.param
 
 
+def widths(level):
+    return [w for w in WIDTHS if w <= 4099] if level == "simt" else WIDTHS
+
+
 def logits(rows, width, dtype, scale=3.0):
-    return (torch.randn(rows, width) * scale).to(dtype)
+    return (torch.randn(rows, width) * scale).to(_device, dtype)
 
 
 def compare(student, teacher, kind, mask=None, **arguments):
     """Value, statistics and student gradient of the op, against the reference in float64."""
     student = student.detach().requires_grad_()
-    value, stats = ops.divergence(student, teacher, kind, mask=mask, return_stats=True, **arguments)
+    placed = {k: v.to(_device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    on_device = None if mask is None else mask.to(_device)
+    value, stats = ops.divergence(
+        student, teacher, kind, mask=on_device, return_stats=True, **placed
+    )
     upstream = torch.rand_like(value) + 0.5
     (gradient,) = torch.autograd.grad(value, student, upstream)
 
-    exact = student.detach().double().requires_grad_()
+    value, upstream, gradient = value.cpu(), upstream.cpu(), gradient.cpu()
+    stats = [s.cpu() for s in stats]
+    exact = student.detach().cpu().double().requires_grad_()
     names = (
         "temperature",
         "teacher_temperature",
@@ -71,7 +93,7 @@ def compare(student, teacher, kind, mask=None, **arguments):
     defaults = {"temperature": 1.0, "logit_scale": 1.0}
     call = check_call(
         exact,
-        None if teacher is None else teacher.double(),
+        None if teacher is None else teacher.cpu().double(),
         kind,
         *(arguments.get(n, defaults.get(n)) for n in names),
         0.0,
@@ -99,8 +121,8 @@ def compare(student, teacher, kind, mask=None, **arguments):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_widths(kind, dtype, level, path):
-    for width in WIDTHS:
-        rows = 75 if width < 300 else 3
+    for width in widths(level):
+        rows = (9 if level == "simt" else 75) if width < 300 else 3
         compare(logits(rows, width, dtype), logits(rows, width, dtype), kind)
 
 
@@ -143,7 +165,7 @@ def test_wider_teacher(kind, dtype, level):
 def test_masked_columns(kind, dtype, level, path):
     """-inf in both rows, whole blocks of them included, and far maxima beyond the first block."""
     student, teacher = logits(2, 5003, dtype), logits(2, 5003, dtype)
-    hidden = torch.rand(5003) < 0.3
+    hidden = (torch.rand(5003) < 0.3).to(_device)
     hidden[:2100] = True
     student[:, hidden], teacher[:, hidden] = -torch.inf, -torch.inf
     student[:, 4000] += 60
@@ -180,8 +202,11 @@ def test_masked_rows_are_not_read(kind, dtype, level):
         compare(student, teacher, kind, mask=mask)
         student[~mask], teacher[~mask] = torch.nan, torch.nan
         student.requires_grad_()
-        value, stats = ops.divergence(student, teacher, kind, mask=mask, return_stats=True)
+        value, stats = ops.divergence(
+            student, teacher, kind, mask=mask.to(_device), return_stats=True
+        )
         value.sum().backward()
+        mask = mask.to(_device)
         assert value[~mask].eq(0).all()
         assert torch.stack(stats)[:, ~mask].eq(0).all()
         assert student.grad[~mask].eq(0).all()
@@ -209,7 +234,7 @@ def test_layouts(kind, dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy(dtype, smoothing, level, path):
     kind = ops.CrossEntropy(smoothing)
-    for width in WIDTHS:
+    for width in widths(level):
         labels = torch.randint(0, width, (4,))
         labels[2] = -100
         compare(logits(4, width, dtype), None, kind, labels=labels, temperature=1.5)
@@ -221,11 +246,11 @@ def test_cross_entropy(dtype, smoothing, level, path):
 @pytest.mark.parametrize("width", [32, 512])
 def test_bfloat16_rounds_ties_to_even(width, level):
     """Gradients w q with q = 2^-n exactly and w half way between two bfloat16 numbers."""
-    z = torch.zeros(2, width, dtype=torch.bfloat16, requires_grad=True)
-    t = torch.full((2, width), -torch.inf, dtype=torch.bfloat16)
+    z = torch.zeros(2, width, dtype=torch.bfloat16, device=_device, requires_grad=True)
+    t = torch.full((2, width), -torch.inf, dtype=torch.bfloat16, device=_device)
     t[:, 0] = 0
     value = ops.divergence(z, t)
-    value.backward(torch.tensor([1 + 1 / 256, 1 + 3 / 256]))
+    value.backward(torch.tensor([1 + 1 / 256, 1 + 3 / 256], device=_device))
     assert (z.grad[0, 1:] * width).eq(1).all()
     assert (z.grad[1, 1:] * width).eq(1 + 1 / 64).all()
 
@@ -235,6 +260,34 @@ def test_bfloat16_rounds_ties_to_even(width, level):
 def test_long_rows(kind, width, path):
     compare(logits(1, width, torch.float32), logits(1, width, torch.float32), kind)
     compare(logits(1, width, torch.bfloat16), logits(1, width, torch.bfloat16), kind)
+
+
+@pytest.mark.parametrize("width", [32_001, 262_144])
+def test_long_rows_on_the_executor(width, simt):
+    compare(logits(1, width, torch.float32), logits(1, width, torch.float32), ops.JSD())
+
+
+@pytest.mark.parametrize("width", [7, 49, 300, 1003, 4099])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_guarded_rows(dtype, width, level):
+    """NaN between the rows: it is neither read nor written over."""
+    wide = torch.full((2, 3, width + 40), torch.nan, dtype=dtype, device=_device)
+    student, teacher = wide[0, :, :width], wide[1, :, :width]
+    student[:], teacher[:] = logits(3, width, dtype), logits(3, width, dtype)
+    compare(student, teacher, ops.JSD())
+    leaf = wide.clone().requires_grad_()
+    ops.divergence_loss((leaf * 1)[0, :, :width], teacher, inplace_grad=True).backward()
+    assert leaf.grad[0, :, :width].isfinite().all()
+    inside = wide.clone()
+    with torch.no_grad():
+        numbers = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0.5], dtype=torch.float64)
+        double = dtype == torch.float64
+        weight = torch.ones(3, dtype=torch.float64 if double else torch.float32, device=_device)
+        divergence_autograd._kernels.divergence_loss_(
+            inside[0, :, :width], teacher, numbers, weight, None, ops.JSD.number
+        )
+    assert inside[0, :, width:].isnan().all()
+    assert inside[0, :, :width].isfinite().all()
 
 
 def test_a_row_beyond_the_allocation_is_not_touched():

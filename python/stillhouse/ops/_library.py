@@ -13,6 +13,10 @@ def _path_of(name: str) -> str | None:
     return spec.origin if spec else None
 
 
+# Types of device that have kernels.
+devices = {"cpu"}
+
+
 def _load() -> None:
     cpu = _path_of("_cpu")
     if cpu is None:
@@ -24,6 +28,7 @@ def _load() -> None:
     cuda = _path_of("_cuda")
     if cuda is not None and torch.version.cuda is not None:
         torch.ops.load_library(cuda)
+        devices.add("cuda")
 
 
 def cpu_level(level: int = -1) -> int:

@@ -12,23 +12,26 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from ._library import devices
 from .divergence_arguments import Call
 from .divergence_reference import reference
 from .kinds import KINDS
 
 # Columns above which a row streams instead of staying in scratch; -1 is the kernel's own number.
 _resident_limit = -1
+# The kernels in use. Tests put others with the same schemas in their place (register).
+_kernels = torch.ops.stillhouse
 
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel is built for this tensor's device."""
-    return x.device.type == "cpu"
+    return x.device.type in devices
 
 
 def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
     """Value and statistics of each row, differentiable, by the kernel or else the reference."""
     if has_kernel(call.student):
-        return torch.ops.stillhouse.divergence(
+        return _kernels.divergence(
             call.student,
             call.teacher,
             call.numbers,
@@ -55,11 +58,11 @@ class LossWithGradient(torch.autograd.Function):
         arguments = (teacher, numbers, weight, labels, kind, vocab, want_stats, _resident_limit)
         if inplace:
             gradient = student.detach()
-            loss, stats = torch.ops.stillhouse.divergence_loss_(gradient, *arguments)
+            loss, stats = _kernels.divergence_loss_(gradient, *arguments)
             # A C++ op does not bump the version; whoever saved these logits must raise in backward.
             torch.autograd.graph.increment_version(student)
         else:
-            loss, stats, gradient = torch.ops.stillhouse.divergence_loss(student, *arguments)
+            loss, stats, gradient = _kernels.divergence_loss(student, *arguments)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(stats)
         ctx.spent = False
@@ -75,7 +78,7 @@ class LossWithGradient(torch.autograd.Function):
                 )
             ctx.spent = True
         (gradient,) = ctx.saved_tensors
-        torch.ops.stillhouse.scale_(gradient, upstream)
+        _kernels.scale_(gradient, upstream)
         return gradient, *([None] * 8)
 
 
@@ -86,35 +89,28 @@ def _fake_rows(student, want_stats, teacher=None):
     return student.new_empty(student.shape[:-1], dtype=dtype), student.new_empty(stats, dtype=dtype)
 
 
-@torch.library.register_fake("stillhouse::divergence")
-def _(student, teacher, numbers, mask, labels, kind, vocab=-1, want_stats=False, resident_limit=-1):
+def _fake_divergence(
+    student, teacher, numbers, mask, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+):
     return _fake_rows(student, want_stats, teacher)
 
 
-@torch.library.register_fake("stillhouse::divergence_gradient")
-def _(student, teacher, numbers, weight, labels, kind, vocab=-1, resident_limit=-1):
+def _fake_gradient(student, teacher, numbers, weight, labels, kind, vocab=-1, resident_limit=-1):
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake("stillhouse::divergence_loss")
-def _(
+def _fake_loss(
     student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
 ):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats, student.new_empty(student.shape)
 
 
-@torch.library.register_fake("stillhouse::divergence_loss_")
-def _(
+def _fake_loss_(
     student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
 ):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats
-
-
-@torch.library.register_fake("stillhouse::scale_")
-def _(gradient, upstream):
-    return None
 
 
 def _setup(ctx, inputs, output):
@@ -137,7 +133,7 @@ def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
 def _backward(ctx, upstream, _):
     student, teacher, numbers, mask, labels = ctx.saved_tensors
     weight = upstream if mask is None else torch.where(mask, upstream, 0)
-    gradient = torch.ops.stillhouse.divergence_gradient
+    gradient = _kernels.divergence_gradient
     to_student = to_teacher = None
     if ctx.needs_input_grad[0]:
         to_student = gradient(
@@ -158,5 +154,20 @@ def _no_second_derivative(ctx, *upstream):
     )
 
 
-torch.library.register_autograd("stillhouse::divergence", _backward, setup_context=_setup)
-torch.library.register_autograd("stillhouse::divergence_gradient", _no_second_derivative)
+def register(namespace: str) -> None:
+    """Shapes and derivatives of the ops whose schemas csrc/ops.cpp has put into this namespace."""
+    fakes = {
+        "divergence": _fake_divergence,
+        "divergence_gradient": _fake_gradient,
+        "divergence_loss": _fake_loss,
+        "divergence_loss_": _fake_loss_,
+        "scale_": lambda gradient, upstream: None,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    autograd = torch.library.register_autograd
+    autograd(f"{namespace}::divergence", _backward, setup_context=_setup)
+    autograd(f"{namespace}::divergence_gradient", _no_second_derivative)
+
+
+register("stillhouse")

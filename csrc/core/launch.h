@@ -1,0 +1,52 @@
+// The CUDA vocabulary of the kernels: what nvcc brings, or the executor of tests/simt, which runs the
+// same sources on a CPU. Kernels use what is named here and in block.cuh, and nothing else of CUDA.
+//   thread and block indices; __syncthreads and its _count, _and, _or; __syncwarp; shuffles, ballot,
+//   any, all, match_any with a mask; atomics; SHARED_ARRAY; load_vector and store_vector
+#pragma once
+#include "rows.h"
+
+#if defined(STILLHOUSE_SIMT)
+#include "simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace stillhouse {
+
+#if defined(STILLHOUSE_SIMT)
+template <class T>
+using SharedPointer = simt::Shared<T>;
+// An array in shared memory, of a constant number of elements; not initialised.
+#define SHARED_ARRAY(T, name, n) \
+  const ::simt::Shared<T> name = ::simt::shared_array<T>(SIMT_SITE, #name, n)
+#else
+template <class T>
+using SharedPointer = T*;
+#define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#endif
+
+// 16 bytes that move at once. The address is a multiple of 16.
+template <class T>
+struct alignas(16) Vector16 {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+template <class T>
+__device__ __forceinline__ Vector16<T> load_vector(const T* p) {
+  const auto* v = reinterpret_cast<const Vector16<T>*>(p);
+#if defined(STILLHOUSE_SIMT)
+  return simt::aligned(SIMT_SITE, v);
+#else
+  return *v;
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, const Vector16<T>& value) {
+  auto* v = reinterpret_cast<Vector16<T>*>(p);
+#if defined(STILLHOUSE_SIMT)
+  simt::aligned(SIMT_SITE, v);
+#endif
+  *v = value;
+}
+
+}  // namespace stillhouse

@@ -1,0 +1,267 @@
+// The ops of the divergence family between torch's tensors and a device's kernels.
+#pragma once
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernel.h"
+#include "series.h"
+
+namespace stillhouse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The order in which Python packs `numbers`.
+enum Number {
+  kTemperature,
+  kTeacherTemperature,
+  kScale,
+  kTeacherScale,
+  kCap,
+  kTeacherCap,
+  kLabelWeight,
+  kLabelSmoothing,
+  kParameter,
+  kNumbers
+};
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::fp16;
+    case ScalarType::Double:
+      return Dtype::f64;
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
+inline Rows rows_of(const Tensor& x) {
+  const int64_t item = element_size(dtype_of(x));
+  Rows rows{static_cast<char*>(x.data_ptr()), dtype_of(x), int32_t(x.dim()) - 1, {}, {}};
+  STD_TORCH_CHECK(x.dim() >= 1 && rows.leading <= kMaxLeading,
+                  "logits must have 1 to 9 dimensions");
+  for (int i = 0; i < rows.leading; ++i) {
+    rows.size[i] = x.size(i);
+    rows.stride[i] = x.stride(i) * item;
+  }
+  return rows;
+}
+
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline int64_t count_rows(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  return n;
+}
+
+struct Arguments {
+  const Tensor& student;
+  const MaybeTensor& teacher;
+  const Tensor& numbers;
+  const MaybeTensor& labels;
+  int64_t kind, vocab, resident_limit;
+};
+
+// Everything but the outputs. `hold` keeps tensors alive that were made here.
+template <class Real>
+Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
+  STD_TORCH_CHECK(a.numbers.numel() == kNumbers && a.numbers.scalar_type() == ScalarType::Double,
+                  "numbers must be float64 [", int(kNumbers), "]");
+  hold.push_back(torch::stable::contiguous(a.numbers));
+  const double* numbers = static_cast<const double*>(hold.back().const_data_ptr());
+  Problem<Real> p{};
+  hold.push_back(with_contiguous_rows(a.student));
+  p.student = {rows_of(hold.back()), numbers[kScale], numbers[kCap], numbers[kTemperature]};
+  p.width = a.student.size(a.student.dim() - 1);
+  p.vocab = a.vocab < 0 ? p.width : a.vocab;
+  p.rows = count_rows(a.student);
+  STD_TORCH_CHECK(p.vocab <= p.width, "vocab exceeds the student's columns");
+  if (a.teacher) {
+    hold.push_back(with_contiguous_rows(*a.teacher));
+    p.teacher = {rows_of(hold.back()), numbers[kTeacherScale], numbers[kTeacherCap],
+                 numbers[kTeacherTemperature]};
+    STD_TORCH_CHECK(
+        count_rows(*a.teacher) == p.rows && p.vocab <= a.teacher->size(a.teacher->dim() - 1),
+        "teacher has fewer rows or columns than the student");
+  }
+  STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
+                  "temperatures must be positive");
+  STD_TORCH_CHECK(a.kind == kCrossEntropy ? a.labels.has_value() : a.teacher.has_value(),
+                  "a divergence needs a teacher, cross-entropy needs labels");
+  p.kind = int32_t(a.kind);
+  set_series(p.kind, numbers[kParameter], p.params);
+  p.label_weight = a.kind == kCrossEntropy ? 1 : numbers[kLabelWeight];
+  p.label_smoothing = numbers[kLabelSmoothing];
+  p.label_temperature = a.kind == kCrossEntropy ? p.student.temperature : 1;
+  if (a.labels) {
+    hold.push_back(torch::stable::contiguous(*a.labels));
+    p.labels = static_cast<const int64_t*>(hold.back().const_data_ptr());
+    STD_TORCH_CHECK(hold.back().scalar_type() == ScalarType::Long && hold.back().numel() == p.rows,
+                    "labels must be one int64 a row");
+  }
+  p.resident_limit = a.resident_limit;
+  return p;
+}
+
+template <class Real>
+const Real* row_numbers(const Tensor& x, int64_t rows, std::vector<Tensor>& hold) {
+  hold.push_back(torch::stable::contiguous(x));
+  STD_TORCH_CHECK(
+      hold.back().numel() == rows &&
+          hold.back().scalar_type() == (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
+      "weight must have one number a row, of the result's dtype");
+  return static_cast<const Real*>(hold.back().const_data_ptr());
+}
+
+inline std::vector<int64_t> leading_shape(const Tensor& x) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
+  return shape;
+}
+
+constexpr ScalarType real_type(float) { return ScalarType::Float; }
+constexpr ScalarType real_type(double) { return ScalarType::Double; }
+
+template <class Real>
+Tensor new_stats(const Tensor& student, bool wanted) {
+  std::vector<int64_t> shape{0};
+  if (wanted) {
+    shape = leading_shape(student);
+    shape.insert(shape.begin(), kStats);
+  }
+  return torch::stable::new_empty(student, shape, real_type(Real()));
+}
+
+inline bool in_double(const Arguments& a) {
+  return a.student.scalar_type() == ScalarType::Double ||
+         (a.teacher && a.teacher->scalar_type() == ScalarType::Double);
+}
+
+// Backend is a device:
+//   launch(problem, student)     runs the kernels
+//   output(like, shape, dtype)   a tensor that the kernels will write
+//   gradient(student)            the same, as large as the logits
+//   total(problem, out)          out = sum of weight * value, in an order that does not change
+template <class Backend>
+struct DivergenceOps {
+  template <class Real>
+  static Tensor new_stats(const Tensor& student, bool wanted) {
+    std::vector<int64_t> shape{0};
+    if (wanted) {
+      shape = leading_shape(student);
+      shape.insert(shape.begin(), kStats);
+    }
+    return Backend::output(student, shape, real_type(Real()));
+  }
+
+  template <class Real>
+  static std::tuple<Tensor, Tensor> forward(const Arguments& a, const MaybeTensor& mask,
+                                            bool want_stats) {
+    std::vector<Tensor> hold;
+    Problem<Real> p = make_problem<Real>(a, hold);
+    if (mask) {
+      hold.push_back(torch::stable::contiguous(*mask));
+      STD_TORCH_CHECK(
+          hold.back().numel() == p.rows && hold.back().scalar_type() == ScalarType::Bool,
+          "mask must be one bool a row");
+      p.mask = static_cast<const bool*>(hold.back().const_data_ptr());
+    }
+    Tensor value = Backend::output(a.student, leading_shape(a.student), real_type(Real()));
+    Tensor stats = new_stats<Real>(a.student, want_stats);
+    p.value = static_cast<Real*>(value.data_ptr());
+    p.stats = want_stats ? static_cast<Real*>(stats.data_ptr()) : nullptr;
+    Backend::launch(p, a.student);
+    return {value, stats};
+  }
+
+  // gradient may be the student itself.
+  template <class Real>
+  static std::tuple<Tensor, Tensor> with_gradient(const Arguments& a, const Tensor& weight,
+                                                  const Tensor& gradient, bool want_stats) {
+    std::vector<Tensor> hold;
+    Problem<Real> p = make_problem<Real>(a, hold);
+    p.weight = row_numbers<Real>(weight, p.rows, hold);
+    p.gradient = rows_of(gradient);
+    const Tensor value = Backend::output(a.student, {p.rows}, real_type(Real()));
+    Tensor stats = new_stats<Real>(a.student, want_stats);
+    p.value = static_cast<Real*>(value.data_ptr());
+    p.stats = want_stats ? static_cast<Real*>(stats.data_ptr()) : nullptr;
+    Backend::launch(p, a.student);
+    Tensor total = Backend::output(a.student, {}, real_type(Real()));
+    Backend::total(p, static_cast<Real*>(total.data_ptr()), a.student);
+    return {total, stats};
+  }
+
+  static std::tuple<Tensor, Tensor> dispatch_gradient(const Arguments& a, const Tensor& weight,
+                                                      const Tensor& gradient, bool want_stats) {
+    return in_double(a) ? with_gradient<double>(a, weight, gradient, want_stats)
+                        : with_gradient<float>(a, weight, gradient, want_stats);
+  }
+
+  static std::tuple<Tensor, Tensor> divergence(const Tensor& student, const MaybeTensor& teacher,
+                                               const Tensor& numbers, const MaybeTensor& mask,
+                                               const MaybeTensor& labels, int64_t kind,
+                                               int64_t vocab, bool want_stats,
+                                               int64_t resident_limit) {
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit};
+    return in_double(a) ? forward<double>(a, mask, want_stats)
+                        : forward<float>(a, mask, want_stats);
+  }
+
+  static Tensor gradient(const Tensor& student, const MaybeTensor& teacher, const Tensor& numbers,
+                         const Tensor& weight, const MaybeTensor& labels, int64_t kind,
+                         int64_t vocab, int64_t resident_limit) {
+    Tensor gradient = Backend::gradient(student);
+    dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
+                      gradient, false);
+    return gradient;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& student, const MaybeTensor& teacher,
+                                                 const Tensor& numbers, const Tensor& weight,
+                                                 const MaybeTensor& labels, int64_t kind,
+                                                 int64_t vocab, bool want_stats,
+                                                 int64_t resident_limit) {
+    Tensor gradient = Backend::gradient(student);
+    auto [total, stats] =
+        dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
+                          gradient, want_stats);
+    return {total, stats, gradient};
+  }
+
+  static std::tuple<Tensor, Tensor> loss_(Tensor student, const MaybeTensor& teacher,
+                                          const Tensor& numbers, const Tensor& weight,
+                                          const MaybeTensor& labels, int64_t kind, int64_t vocab,
+                                          bool want_stats, int64_t resident_limit) {
+    const int64_t last = student.dim() - 1;
+    STD_TORCH_CHECK(student.size(last) <= 1 || student.stride(last) == 1,
+                    "an in-place gradient needs student logits whose last dimension is contiguous");
+    return dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit},
+                             weight, student, want_stats);
+  }
+
+  template <class Library>
+  static void register_ops(Library& m) {
+    m.impl("divergence", TORCH_BOX(&DivergenceOps::divergence));
+    m.impl("divergence_gradient", TORCH_BOX(&DivergenceOps::gradient));
+    m.impl("divergence_loss", TORCH_BOX(&DivergenceOps::loss));
+    m.impl("divergence_loss_", TORCH_BOX(&DivergenceOps::loss_));
+  }
+};
+
+}  // namespace stillhouse

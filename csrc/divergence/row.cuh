@@ -1,0 +1,530 @@
+// One row by a team of threads. A row is cut into chunks of 16 bytes of the student; chunk k belongs to
+// thread k modulo the team's size in every pass, so that a thread only ever writes a gradient over
+// logits that itself has read.
+//   1. maxima and sums of exponentials of both sides             (a label's own softmax beside them)
+//   2. terms: value, statistics, slopes; with a known H the gradient
+//   3. (h - q H) weight, elsewhere
+// A short row stays in registers, logits and exponentials: one read, one write, two exponentials a pair.
+// A long one is read again in every pass, which finds it in L2.
+#pragma once
+#include "../core/block.cuh"
+#include "kernel.h"
+
+namespace stillhouse {
+
+// Cross-entropy to labels: no teacher, the label's part alone.
+struct LabelsOnly {
+  static constexpr bool kUnitSlope = true;
+};
+template <class Kind>
+constexpr bool kHasTeacher = !std::is_same<Kind, LabelsOnly>::value;
+
+// Rows of any mix of types, element by element.
+struct Mixed {};
+template <class In>
+constexpr int kChunk = 16 / int(sizeof(In));
+template <>
+constexpr int kChunk<Mixed> = 4;
+
+// One side of a row: tempered logit = gain * x.
+template <class In, class Real, bool kPlain>
+struct DeviceSide {
+  static constexpr int kSize = kChunk<In>;
+
+  char* row;
+  Dtype dtype;
+  int64_t vocab;
+  Real gain, scale, cap;
+  bool aligned;  // see on_16_bytes
+
+  DeviceSide() = default;
+  __device__ DeviceSide(const Logits& logits, int64_t r, int64_t vocab)
+      : row(row_of(logits.rows, r)),
+        dtype(logits.rows.dtype),
+        vocab(vocab),
+        gain(Real((logits.cap > 0 ? 1.0 : logits.scale) / logits.temperature)),
+        scale(Real(logits.scale)),
+        cap(Real(logits.cap)) {}
+
+  // Columns before the first multiple of 16 bytes.
+  __device__ int head() const {
+    if constexpr (std::is_same<In, Mixed>::value) return 0;
+    return int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(In));
+  }
+  // Whether a row's chunks lie on multiples of 16 bytes if the first starts at column `origin`.
+  __device__ static bool on_16_bytes(const char* row, int64_t origin) {
+    if constexpr (std::is_same<In, Mixed>::value) return false;
+    return (reinterpret_cast<uintptr_t>(row) + uintptr_t(origin) * sizeof(In)) % 16 == 0;
+  }
+
+  __device__ Real at(int64_t j) const {
+    Real x = 0;
+    if constexpr (std::is_same<In, Mixed>::value) {
+      with_type(dtype, row, [&](auto* in) { x = Real(widen(in[j])); });
+    } else {
+      x = Real(widen(reinterpret_cast<const In*>(row)[j]));
+    }
+    return x;
+  }
+
+  // Columns start ... start + kSize - 1, -inf outside the row.
+  __device__ void load(int64_t start, Real (&x)[kSize]) const {
+    const bool whole = start >= 0 && start + kSize <= vocab;
+    if (whole && aligned) {
+      if constexpr (!std::is_same<In, Mixed>::value) {
+        const auto v = load_vector(reinterpret_cast<const In*>(row) + start);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) x[i] = Real(widen(v.at[i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        x[i] = start + i >= 0 && start + i < vocab ? at(start + i) : Real(-INFINITY);
+    }
+    if (!kPlain && cap > 0) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (x[i] > -INFINITY) x[i] = cap * tanh(scale * x[i] / cap);
+    }
+  }
+};
+
+// Where the gradient of a chunk goes.
+template <class In, class Real>
+__device__ void store_chunk(char* row, Dtype dtype, bool aligned, int64_t start, int64_t vocab,
+                            const Real (&g)[kChunk<In>]) {
+  constexpr int kSize = kChunk<In>;
+  if constexpr (std::is_same<In, Mixed>::value) {
+    with_type(dtype, row, [&](auto* out) {
+      for (int i = 0; i < kSize; ++i)
+        if (start + i >= 0 && start + i < vocab) narrow(g[i], out[start + i]);
+    });
+  } else {
+    In* out = reinterpret_cast<In*>(row);
+    if (aligned && start >= 0 && start + kSize <= vocab) {
+      Vector16<In> v;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) narrow(g[i], v.at[i]);
+      store_vector(out + start, v);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (start + i >= 0 && start + i < vocab) narrow(g[i], out[start + i]);
+  }
+}
+
+// A maximum and a sum of exponentials relative to it, chunk by chunk.
+template <class Real>
+struct RunningSum {
+  Real max = -INFINITY, sum = 0, label_sum = 0;
+
+  __device__ static Real shift_of(Real max) { return max > -INFINITY ? max : Real(0); }
+
+  template <int kSize>
+  __device__ void widen_to(const Real (&x)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) max = x[i] > max ? x[i] : max;
+  }
+
+  // gain2: of the sum, in powers of two; label_gain2: of a second sum over the same x, 0 for none.
+  template <int kSize>
+  __device__ void add(const Real (&x)[kSize], Real gain2, Real label_gain2) {
+    Real top = max;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) top = x[i] > top ? x[i] : top;
+    if (top > max) {
+      const Real step = shift_of(max) - top;
+      if (max > -INFINITY) {
+        sum *= fast_exp2(step * gain2);
+        if (label_gain2 > 0) label_sum *= fast_exp2(step * label_gain2);
+      }
+      max = top;
+    }
+    const Real shift = shift_of(max);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum += fast_exp2((x[i] - shift) * gain2);
+    if (label_gain2 > 0) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) label_sum += fast_exp2((x[i] - shift) * label_gain2);
+    }
+  }
+
+  // What the sums are relative to another maximum.
+  __device__ void rescale(Real other, Real gain2, Real label_gain2) {
+    if (!(max > -INFINITY)) return;
+    sum *= fast_exp2((max - other) * gain2);
+    if (label_gain2 > 0) label_sum *= fast_exp2((max - other) * label_gain2);
+  }
+};
+
+// Elements of each side that a thread holds in registers, beside their exponentials.
+constexpr int kHeld = 8;
+
+// Plain: no statistics, no labels, no soft-cap, no mixture. Their registers are worth a kernel of its own.
+template <class Real>
+bool is_plain(const Problem<Real>& p) {
+  const bool labels = p.labels != nullptr && p.label_weight > 0;
+  return p.stats == nullptr && !labels && p.student.cap == 0 && p.teacher.cap == 0 && p.kind != kTAID;
+}
+
+template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
+struct DeviceRow {
+  using T = Team<kThreads>;
+  using Side = DeviceSide<In, Real, kPlain>;
+  static constexpr int kSize = kChunk<In>;
+  static constexpr int kSlots = kResident ? kHeld / kSize : 1;  // chunks a thread holds
+
+  const Problem<Real>& problem;
+  const int64_t r;
+  Side student, teacher;
+  Real mix = 1;  // of the teacher in TAID's target
+  int64_t origin = 0, chunks = 0;
+  Real z[kSlots][kSize], t[kSlots][kSize], z_e[kSlots][kSize], t_e[kSlots][kSize];
+  Real z_shift = 0, t_shift = 0;
+  double z_lse = 0, t_lse = 0;
+  RowScalars<Real, Uniform<Real>> scalars;
+  Real weight = 0;
+  bool labelled = false;
+  Real label_gain2 = 0, label_factor = 0, label_weight = 0, uniform = 0, label_value = 0;
+  int64_t label = -1;
+  Real agreement = 0;
+  char* gradient = nullptr;
+  bool gradient_aligned = false;
+  enum { kValue, kSlope, kAcceptance, kBelow, kStudentEntropy, kTeacherEntropy };
+  static constexpr int kSums = kPlain ? 2 : 6;
+  double sums[kSums] = {};
+
+  __device__ DeviceRow(const Problem<Real>& problem, int64_t r)
+      : problem(problem),
+        r(r),
+        student(problem.student, r, problem.vocab),
+        scalars{1, 1, 1, {Real(0), Real(0)}, {Real(0), Real(0)}, {Real(0), Real(0)}, Real(0), Real(0)} {
+    if constexpr (kHasTeacher<Kind>) {
+      const bool is_student = problem.kind == kTAID && problem.params.a == 0;
+      teacher = Side(is_student ? problem.student : problem.teacher, r, problem.vocab);
+      if (problem.kind == kTAID && problem.params.a > 0) mix = problem.params.a;
+    }
+    const int head = student.head();
+    origin = head > 0 ? head - kSize : 0;
+    chunks = (problem.vocab - origin + kSize - 1) / kSize;
+    student.aligned = Side::on_16_bytes(student.row, origin);
+    if constexpr (kHasTeacher<Kind>) teacher.aligned = Side::on_16_bytes(teacher.row, origin);
+    if (problem.gradient.data != nullptr) {
+      gradient = row_of(problem.gradient, r);
+      gradient_aligned = Side::on_16_bytes(gradient, origin);
+    }
+  }
+
+  // f(slot, first column) for the chunks of this thread.
+  template <class F>
+  __device__ __forceinline__ void each_chunk(F f) {
+    if constexpr (kResident) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) f(slot, origin + (T::rank() + slot * kThreads) * kSize);
+    } else {
+      for (int64_t k = T::rank(); k < chunks; k += kThreads) f(0, origin + k * kSize);
+    }
+  }
+
+  __device__ void load(int slot, int64_t start) {
+    student.load(start, z[slot]);
+    if constexpr (kHasTeacher<Kind>) {
+      teacher.load(start, t[slot]);
+      if (!kPlain && mix < 1) {
+        const Real a = mix * teacher.gain, b = (1 - mix) * student.gain;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) t[slot][i] = mul_add(a, t[slot][i], b * z[slot][i]);
+      }
+    }
+  }
+  __device__ Real teacher_gain() const { return !kPlain && mix < 1 ? Real(1) : teacher.gain; }
+
+  // Returns their sum.
+  __device__ static Real exponentials(const Real (&x)[kSize], Real shift, Real gain2,
+                                      Real (&e)[kSize]) {
+    Real sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) sum += e[i] = fast_exp2((x[i] - shift) * gain2);
+    return sum;
+  }
+
+  // Pass 1.
+  __device__ void normalise() {
+    const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain_or_one() * kLog2e);
+    Real own_label_gain2 = 0;
+    if (!kPlain && problem.labels != nullptr && problem.label_weight > 0 &&
+        problem.labels[r] != -100) {
+      labelled = true;
+      label = problem.labels[r];
+      const double ratio = problem.student.temperature / problem.label_temperature;
+      label_gain2 = Real(Real(student.gain * ratio) * kLog2e);
+      if (ratio != 1) own_label_gain2 = label_gain2;
+    }
+    RunningSum<Real> of_z, of_t;
+    Real x_label = 0, finite_sum = 0, finite = 0;
+    const bool smooth = labelled && problem.label_smoothing > 0;
+    each_chunk([&](int slot, int64_t start) {
+      load(slot, start);
+      if constexpr (kResident) {
+        of_z.widen_to(z[slot]);
+        if constexpr (kHasTeacher<Kind>) of_t.widen_to(t[slot]);
+      } else {
+        of_z.add(z[slot], gain2, own_label_gain2);
+        if constexpr (kHasTeacher<Kind>) of_t.add(t[slot], t_gain2, Real(0));
+      }
+      if (!kPlain && labelled) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          if (start + i == label) x_label = z[slot][i];
+          if (smooth && z[slot][i] > -INFINITY) finite_sum += z[slot][i], finite += 1;
+        }
+      }
+    });
+
+    Real maxima[2] = {of_z.max, of_t.max};
+    T::reduce(maxima, Largest());
+    z_shift = RunningSum<Real>::shift_of(maxima[0]);
+    t_shift = RunningSum<Real>::shift_of(maxima[1]);
+    if constexpr (kResident) {
+      each_chunk([&](int slot, int64_t) {
+        of_z.sum += exponentials(z[slot], z_shift, gain2, z_e[slot]);
+        if constexpr (kHasTeacher<Kind>)
+          of_t.sum += exponentials(t[slot], t_shift, t_gain2, t_e[slot]);
+        if (own_label_gain2 > 0) {
+          for (int i = 0; i < kSize; ++i)
+            of_z.label_sum += fast_exp2((z[slot][i] - z_shift) * own_label_gain2);
+        }
+      });
+    } else {
+      of_z.rescale(z_shift, gain2, own_label_gain2);
+      of_t.rescale(t_shift, t_gain2, Real(0));
+    }
+    double totals[3] = {double(of_z.sum), double(of_t.sum), double(of_z.label_sum)};
+    T::reduce(totals, Add());
+    z_lse = double(student.gain) * double(z_shift) + fast_log(totals[0]);
+    const Real z_factor = Real(1 / totals[0]);
+    scalars.z_gain = student.gain;
+    scalars.z_lse = minus_two_part<Real>(z_lse);
+    scalars.q_factor = z_factor;
+    if constexpr (kHasTeacher<Kind>) {
+      t_lse = double(teacher_gain()) * double(t_shift) + fast_log(totals[1]);
+      scalars.t_gain = teacher_gain();
+      scalars.ratio = student.gain / teacher_gain();
+      scalars.t_lse = minus_two_part<Real>(t_lse);
+      scalars.lse_difference = minus_two_part<Real>(t_lse - z_lse);
+      scalars.p_factor = Real(1 / totals[1]);
+    }
+
+    const Real row_weight = problem.weight != nullptr ? problem.weight[r] : Real(1);
+    weight = row_weight * Real(1 - problem.label_weight) * student.gain;
+    if (!kPlain && labelled) {
+      Real parts[3] = {x_label, finite_sum, finite};
+      T::reduce(parts, Add());
+      const Real label_gain = Real(student.gain * (problem.student.temperature / problem.label_temperature));
+      const double lse = own_label_gain2 > 0
+                             ? double(label_gain) * double(z_shift) + fast_log(totals[2])
+                             : z_lse;
+      label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
+      label_weight = row_weight * Real(problem.label_weight) * label_gain;
+      const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
+      // A label outside the row cannot raise from here without stopping the stream.
+      const bool inside = label >= 0 && label < problem.vocab;
+      label_value = inside ? hot * Real(lse - double(label_gain) * parts[0]) : Real(NAN);
+      if (smooth) {
+        uniform = smoothing / parts[2];
+        label_value += Real(double(smoothing) * lse - double(uniform * label_gain) * parts[1]);
+      }
+    }
+    if (!kPlain && problem.stats != nullptr) agree(maxima);
+  }
+
+  __device__ Real teacher_gain_or_one() const {
+    if constexpr (kHasTeacher<Kind>) return teacher_gain();
+    return Real(1);
+  }
+
+  // The first column of each maximum.
+  __device__ void agree(const Real (&maxima)[2]) {
+    if constexpr (!kHasTeacher<Kind>) {
+      agreement = Real(NAN);
+    } else {
+      int64_t first[2] = {-problem.vocab, -problem.vocab};  // negated: the largest is the first
+      each_chunk([&](int slot, int64_t start) {
+        if constexpr (!kResident) load(slot, start);
+        for (int i = kSize - 1; i >= 0; --i) {
+          if (start + i < 0 || start + i >= problem.vocab) continue;
+          if (z[slot][i] == maxima[0] && -(start + i) > first[0]) first[0] = -(start + i);
+          if (t[slot][i] == maxima[1] && -(start + i) > first[1]) first[1] = -(start + i);
+        }
+      });
+      T::reduce(first, Largest());
+      agreement = first[0] == first[1];
+    }
+  }
+
+  // The logits of a chunk and their exponentials, once more from memory where they are not held.
+  __device__ void fetch(int slot, int64_t start) {
+    if constexpr (kResident) return;
+    load(slot, start);
+    exponentials(z[slot], z_shift, Real(student.gain * kLog2e), z_e[slot]);
+    if constexpr (kHasTeacher<Kind>)
+      exponentials(t[slot], t_shift, Real(teacher_gain() * kLog2e), t_e[slot]);
+  }
+
+  __device__ Element<Real> element(int slot, int i) const {
+    return make_element(scalars, z[slot][i], t[slot][i], z_e[slot][i], t_e[slot][i], 0);
+  }
+
+  __device__ void finish(int slot, int64_t start, Real (&g)[kSize]) {
+    if (!kPlain && labelled) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const Real q1 = label_factor * fast_exp2((z[slot][i] - z_shift) * label_gain2);
+        g[i] += label_weight * (q1 - (z[slot][i] > -INFINITY ? uniform : Real(0)));
+        if (start + i == label) g[i] -= label_weight * (1 - Real(problem.label_smoothing));
+      }
+    }
+    if (!kPlain && student.cap > 0) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const Real ratio = z[slot][i] / student.cap;
+        g[i] = z[slot][i] > -INFINITY ? g[i] * student.scale * (1 - ratio * ratio) : Real(0);
+      }
+    }
+    store_chunk<In>(gradient, problem.gradient.dtype, gradient_aligned, start, problem.vocab, g);
+  }
+
+  // Passes 2 and 3.
+  __device__ void run() {
+    const bool with_gradient = gradient != nullptr;
+    const KindParams<Real> params = problem.params;
+    Real part[kSums] = {};
+    each_chunk([&](int slot, int64_t start) {
+      fetch(slot, start);
+      Real g[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        g[i] = 0;
+        const bool inside = start + i >= 0 && start + i < problem.vocab;
+        if constexpr (kHasTeacher<Kind>) {
+          const Element<Real> e = element(slot, i);
+          const Real slope = Kind::slope(e, params);
+          if (inside) {
+            part[kValue] += kind_term<Kind>(e, params);
+            part[kSlope] += slope;
+          }
+          g[i] = (slope + e.q) * weight;
+          if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
+          if constexpr (kResident && !Kind::kUnitSlope) z_e[slot][i] = e.q, t_e[slot][i] = slope;
+        } else {
+          if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
+        }
+      }
+      if (with_gradient && Kind::kUnitSlope) finish(slot, start, g);
+    });
+    for (int i = 0; i < kSums; ++i) sums[i] = double(part[i]);
+    T::reduce(sums, Add());
+
+    if constexpr (!Kind::kUnitSlope) {
+      if (!with_gradient) return;
+      const Real H = Real(sums[kSlope]);
+      each_chunk([&](int slot, int64_t start) {
+        fetch(slot, start);
+        Real g[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          Real q = z_e[slot][i], h = t_e[slot][i];
+          if constexpr (!kResident) {
+            const Element<Real> e = element(slot, i);
+            q = e.q, h = Kind::slope(e, params);
+          }
+          g[i] = mul_add(-q, H, h) * weight;
+        }
+        finish(slot, start, g);
+      });
+    }
+  }
+
+  __device__ void add_statistics(int slot, int i, Real (&part)[kSums]) const {
+    if constexpr (kHasTeacher<Kind>) {
+      const Element<Real> e = element(slot, i);
+      const bool below = e.q < e.p;
+      part[kAcceptance] += below ? e.q : e.p;
+      part[kBelow] += below ? e.q : Real(0);
+      part[kStudentEntropy] += times(e.q, -e.lq);
+      part[kTeacherEntropy] += times(e.p, -e.lp);
+    } else {
+      const Real q = z_e[slot][i] * scalars.q_factor.value;
+      const Real lq = mul_add(student.gain, z[slot][i], scalars.z_lse.high.value);
+      part[kStudentEntropy] += times(q, -(lq + scalars.z_lse.low.value));
+    }
+  }
+
+  __device__ void write() const {
+    if (T::rank() != 0) return;
+    if (problem.value != nullptr) {
+      Real value = Real(sums[kValue]);
+      if (!kHasTeacher<Kind>) {
+        value = label_value;
+      } else if (problem.label_weight > 0) {
+        value = Real(1 - problem.label_weight) * value + Real(problem.label_weight) * label_value;
+      }
+      problem.value[r] = value;
+    }
+    if constexpr (!kPlain) write_statistics();
+  }
+
+  __device__ void write_statistics() const {
+    if (problem.stats == nullptr) return;
+    const Real none = kHasTeacher<Kind> ? Real(0) : Real(NAN);
+    const Real values[kStats] = {Real(sums[kAcceptance]) + none,
+                                 agreement,
+                                 Real(sums[kStudentEntropy]),
+                                 Real(sums[kTeacherEntropy]) + none,
+                                 Real(z_lse),
+                                 Real(t_lse) + none,
+                                 Real(sums[kBelow]) + none};
+    for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
+  }
+};
+
+// Rows that do not count, and columns beyond the vocabulary: a gradient of zero.
+template <int kThreads>
+__device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t to) {
+  with_type(rows.dtype, row_of(rows, r), [&](auto* out) {
+    using Number = decltype(widen(*out));
+    for (int64_t j = from + Team<kThreads>::rank(); j < to; j += kThreads) narrow(Number(0), out[j]);
+  });
+}
+
+// Blocks that an SM must have room for: what the registers allow without spilling.
+template <class Kind, class In, bool kResident, bool kPlain>
+constexpr int kBlocks = !kPlain ? 1 : Kind::kUnitSlope || kResident || kChunk<In> < 8 ? 3 : 2;
+
+template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
+__global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
+                                  (kBlocks<Kind, In, kResident, kPlain>))
+    divergence_kernel(const Problem<Real> problem) {
+  const int64_t teams = int64_t(blockDim.x) / kThreads;
+  const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;
+  if (r >= problem.rows) return;  // a whole team
+  const bool counts = (problem.mask == nullptr || problem.mask[r]) &&
+                      (problem.weight == nullptr || problem.weight[r] != 0) &&
+                      (kHasTeacher<Kind> || problem.labels[r] != -100);
+  if (problem.gradient.data != nullptr)
+    zero_columns<kThreads>(problem.gradient, r, counts ? problem.vocab : 0, problem.width);
+  if (!counts) {
+    if (Team<kThreads>::rank() != 0) return;
+    if (problem.value != nullptr) problem.value[r] = 0;
+    for (int i = 0; i < kStats && problem.stats != nullptr; ++i)
+      problem.stats[i * problem.rows + r] = 0;
+    return;
+  }
+  DeviceRow<Kind, Real, In, kThreads, kResident, kPlain> row(problem, r);
+  row.normalise();
+  row.run();
+  row.write();
+}
+
+}  // namespace stillhouse
