@@ -27,13 +27,17 @@ void choose_team(const Problem<Real>& p, Launcher& launch) {
   } else {
     const int64_t resident = p.resident_limit < 0 ? p.vocab : p.resident_limit;
     if (p.vocab <= resident) {
-      if (p.vocab <= kColumns<In, 32>) return launch_rows<Kind, Real, In, 32, true, kPlain>(p, launch);
+      if (p.vocab <= kColumns<In, 32>)
+        return launch_rows<Kind, Real, In, 32, true, kPlain>(p, launch);
       if (p.vocab <= kColumns<In, 128>)
         return launch_rows<Kind, Real, In, 128, true, kPlain>(p, launch);
       if (p.vocab <= kColumns<In, 256>)
         return launch_rows<Kind, Real, In, 256, true, kPlain>(p, launch);
     }
-    return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
+    // Rows that are being worked on should stay in L2 until their last pass: where they are long, one
+    // large team a multiprocessor instead of three.
+    if (p.vocab <= 8192) return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
+    return launch_rows<Kind, Real, In, 512, false, kPlain>(p, launch);
   }
 }
 
@@ -120,8 +124,7 @@ void launch_scale(const Tensor& gradient, const Tensor& upstream) {
 }
 
 void scale_(Tensor gradient, const Tensor& upstream) {
-  if (upstream.scalar_type() == ScalarType::Double)
-    return launch_scale<double>(gradient, upstream);
+  if (upstream.scalar_type() == ScalarType::Double) return launch_scale<double>(gradient, upstream);
   launch_scale<float>(gradient, upstream);
 }
 

@@ -165,7 +165,8 @@ constexpr int kHeld = 8;
 template <class Real>
 bool is_plain(const Problem<Real>& p) {
   const bool labels = p.labels != nullptr && p.label_weight > 0;
-  return p.stats == nullptr && !labels && p.student.cap == 0 && p.teacher.cap == 0 && p.kind != kTAID;
+  return p.stats == nullptr && !labels && p.student.cap == 0 && p.teacher.cap == 0 &&
+         p.kind != kTAID;
 }
 
 template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
@@ -199,7 +200,8 @@ struct DeviceRow {
       : problem(problem),
         r(r),
         student(problem.student, r, problem.vocab),
-        scalars{1, 1, 1, {Real(0), Real(0)}, {Real(0), Real(0)}, {Real(0), Real(0)}, Real(0), Real(0)} {
+        scalars{1,       1,      1, {Real(0), Real(0)}, {Real(0), Real(0)}, {Real(0), Real(0)},
+                Real(0), Real(0)} {
     if constexpr (kHasTeacher<Kind>) {
       const bool is_student = problem.kind == kTAID && problem.params.a == 0;
       teacher = Side(is_student ? problem.student : problem.teacher, r, problem.vocab);
@@ -221,7 +223,8 @@ struct DeviceRow {
   __device__ __forceinline__ void each_chunk(F f) {
     if constexpr (kResident) {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) f(slot, origin + (T::rank() + slot * kThreads) * kSize);
+      for (int slot = 0; slot < kSlots; ++slot)
+        f(slot, origin + (T::rank() + slot * kThreads) * kSize);
     } else {
       for (int64_t k = T::rank(); k < chunks; k += kThreads) f(0, origin + k * kSize);
     }
@@ -321,10 +324,10 @@ struct DeviceRow {
     if (!kPlain && labelled) {
       Real parts[3] = {x_label, finite_sum, finite};
       T::reduce(parts, Add());
-      const Real label_gain = Real(student.gain * (problem.student.temperature / problem.label_temperature));
-      const double lse = own_label_gain2 > 0
-                             ? double(label_gain) * double(z_shift) + fast_log(totals[2])
-                             : z_lse;
+      const Real label_gain =
+          Real(student.gain * (problem.student.temperature / problem.label_temperature));
+      const double lse =
+          own_label_gain2 > 0 ? double(label_gain) * double(z_shift) + fast_log(totals[2]) : z_lse;
       label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
       label_weight = row_weight * Real(problem.label_weight) * label_gain;
       const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
@@ -478,13 +481,10 @@ struct DeviceRow {
   __device__ void write_statistics() const {
     if (problem.stats == nullptr) return;
     const Real none = kHasTeacher<Kind> ? Real(0) : Real(NAN);
-    const Real values[kStats] = {Real(sums[kAcceptance]) + none,
-                                 agreement,
-                                 Real(sums[kStudentEntropy]),
-                                 Real(sums[kTeacherEntropy]) + none,
-                                 Real(z_lse),
-                                 Real(t_lse) + none,
-                                 Real(sums[kBelow]) + none};
+    const Real values[kStats] = {
+        Real(sums[kAcceptance]) + none,     agreement,   Real(sums[kStudentEntropy]),
+        Real(sums[kTeacherEntropy]) + none, Real(z_lse), Real(t_lse) + none,
+        Real(sums[kBelow]) + none};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
 };
@@ -494,17 +494,20 @@ template <int kThreads>
 __device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t to) {
   with_type(rows.dtype, row_of(rows, r), [&](auto* out) {
     using Number = decltype(widen(*out));
-    for (int64_t j = from + Team<kThreads>::rank(); j < to; j += kThreads) narrow(Number(0), out[j]);
+    for (int64_t j = from + Team<kThreads>::rank(); j < to; j += kThreads)
+      narrow(Number(0), out[j]);
   });
 }
 
 // Blocks that an SM must have room for: what the registers allow without spilling.
-template <class Kind, class In, bool kResident, bool kPlain>
-constexpr int kBlocks = !kPlain ? 1 : Kind::kUnitSlope || kResident || kChunk<In> < 8 ? 3 : 2;
+template <class Kind, class In, int kThreads, bool kResident, bool kPlain>
+constexpr int kBlocks = !kPlain || kThreads > 256                         ? 1
+                        : Kind::kUnitSlope || kResident || kChunk<In> < 8 ? 3
+                                                                          : 2;
 
 template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
 __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
-                                  (kBlocks<Kind, In, kResident, kPlain>))
+                                  (kBlocks<Kind, In, kThreads, kResident, kPlain>))
     divergence_kernel(const Problem<Real> problem) {
   const int64_t teams = int64_t(blockDim.x) / kThreads;
   const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;

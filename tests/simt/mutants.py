@@ -1,6 +1,6 @@
-"""Deletes each barrier and narrows each mask of the real CUDA kernels, one at a time, and shows that
-the tests notice: `make simt-mutants`. The executor does it while it runs (SIMT_DELETE,
-SIMT_NARROW), so nothing is compiled again."""
+"""Deletes each barrier and narrows each mask of the real CUDA kernels, one at a time: do the tests
+notice (`make simt-mutants`)? The executor does it while it runs, by SIMT_DELETE and SIMT_NARROW, so
+nothing is compiled again."""
 
 import os
 import re
