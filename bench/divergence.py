@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .grid import Cell, Provider
+from .measure import seconds_of
 
 NAME = "divergence"
 KINDS = ("forward_kl", "jsd(0.5)")
@@ -160,7 +160,7 @@ def trl_refuses(cell: Cell) -> str | None:
 
 def liger_refuses(cell: Cell) -> str | None:
     """Liger's losses are Triton kernels."""
-    return "its Triton kernels need a GPU"
+    return "its Triton kernels need a GPU" if not torch.cuda.is_available() else "not compared yet"
 
 
 def _never_built(cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
@@ -196,7 +196,7 @@ class Produced(torch.autograd.Function):
     @staticmethod
     def forward(ctx, leaf: Tensor, holder: list[Tensor], sink: list[Tensor]) -> Tensor:
         ctx.sink = sink
-        return torch.empty(0, dtype=holder[0].dtype).set_(holder[0])
+        return torch.empty(0, dtype=holder[0].dtype, device=holder[0].device).set_(holder[0])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, None, None]:
@@ -207,29 +207,29 @@ class Produced(torch.autograd.Function):
 class Step:
     """One forward and backward of a provider's function on given buffers."""
 
-    def __init__(self, provider: Provider, cell: Cell):
-        self.function = provider.build(cell)
-        self.leaf = torch.zeros((), requires_grad=True)
-        upstream = torch.full((cell.rows,), 1 / cell.rows)
+    def __init__(self, provider: Provider, cell: Cell, device: str):
+        self.function, self.device = provider.build(cell), device
+        self.leaf = torch.zeros((), requires_grad=True, device=device)
+        upstream = torch.full((cell.rows,), 1 / cell.rows, device=device)
         self.upstream = upstream if cell.form == "row" else None
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[float, list[Tensor]]:
         """Seconds taken, and the gradient (in a list), which the caller frees when it likes."""
         sink: list[Tensor] = []
         logits = Produced.apply(self.leaf, [student], sink)
-        begin = time.perf_counter()
-        value = self.function(logits, teacher)
-        value.backward(self.upstream)
-        return time.perf_counter() - begin, sink
+        seconds, _ = seconds_of(
+            lambda: self.function(logits, teacher).backward(self.upstream), self.device
+        )
+        return seconds, sink
 
 
-def make_logits(cell: Cell) -> tuple[Tensor, Tensor]:
+def make_logits(cell: Cell, device: str) -> tuple[Tensor, Tensor]:
     """Student and teacher logits [N, V]: a peaked teacher, and a student near to it."""
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[cell.dtype]
     teacher = torch.randn(cell.rows, cell.columns, generator=generator).mul_(3)
     student = torch.randn(cell.rows, cell.columns, generator=generator).add_(teacher)
-    return student.to(dtype), teacher.to(dtype)
+    return student.to(device, dtype), teacher.to(device, dtype)
 
 
 def pair_bytes(cell: Cell) -> int:
@@ -240,8 +240,9 @@ def pair_bytes(cell: Cell) -> int:
 class Buffers:
     """Rotating copies of the inputs, and of the source and destination of the floor's copy."""
 
-    def __init__(self, cell: Cell):
-        self.student, teacher = make_logits(cell)
+    def __init__(self, cell: Cell, device: str):
+        self.device = device
+        self.student, teacher = make_logits(cell, device)
         count = max(3, math.ceil(ROTATING_BYTES / pair_bytes(cell)))
         self.students = [self.student.clone() for _ in range(count)]
         self.teachers = [teacher.clone() for _ in range(count)]
@@ -249,8 +250,9 @@ class Buffers:
         elements = 3 * cell.rows * cell.columns // 2
         count = max(2, math.ceil(ROTATING_BYTES / (3 * pair_bytes(cell) // 2)))
         # Written to once: a fresh page of zeros is the same page of memory for all of them.
-        self.sources = [torch.ones(elements, dtype=teacher.dtype) for _ in range(count)]
-        self.targets = [torch.ones(elements, dtype=teacher.dtype) for _ in range(count)]
+        ones = partial(torch.ones, elements, dtype=teacher.dtype, device=device)
+        self.sources = [ones() for _ in range(count)]
+        self.targets = [ones() for _ in range(count)]
 
     def run_step(self, step: Step, restore: bool, number: int) -> float:
         """One timed call on the buffers whose turn it is."""
@@ -263,18 +265,17 @@ class Buffers:
     def run_floor(self, number: int) -> float:
         """One timed copy of the same bytes."""
         index = number % len(self.sources)
-        begin = time.perf_counter()
-        self.targets[index].copy_(self.sources[index])
-        return time.perf_counter() - begin
+        copy = partial(self.targets[index].copy_, self.sources[index])
+        return seconds_of(copy, self.device)[0]
 
 
-def runners(cell: Cell, providers: list[Provider]) -> dict[str, Callable[[int], float]]:
+def runners(cell: Cell, providers: list[Provider], device: str) -> dict[str, Callable[[int], float]]:
     """The functions to time at a cell: each provider that does not refuse it, and the floor."""
     torch.compiler.reset()  # no compiled code of another cell counts against the limit of variants
-    buffers = Buffers(cell)
+    buffers = Buffers(cell, device)
     found = {
         provider.name: partial(
-            buffers.run_step, Step(provider, cell), provider.in_place and cell.form == "loss"
+            buffers.run_step, Step(provider, cell, device), provider.in_place and cell.form == "loss"
         )
         for provider in providers
         if provider.refuses(cell) is None
@@ -282,15 +283,17 @@ def runners(cell: Cell, providers: list[Provider]) -> dict[str, Callable[[int], 
     return found | {FLOOR: buffers.run_floor}
 
 
-def memory_call(cell: Cell, name: str, threads: int) -> tuple[Callable[[], object], int]:
+def memory_call(
+    cell: Cell, name: str, threads: int, device: str
+) -> tuple[Callable[[], object], int]:
     """For `measure.peak_memory`: the warmed-up call, and the bytes of its fresh gradient."""
     torch.set_num_threads(threads)
     provider = next(provider for provider in PROVIDERS if provider.name == name)
-    step = Step(provider, cell)
+    step = Step(provider, cell, device)
     # A small shape loads code and starts threads, and leaves no pool for the real call to hide in.
     small = Cell(cell.family, cell.kind, cell.form, cell.dtype, rows=64, columns=64)
     warm = cell if provider.warms_whole else small
-    (step if provider.warms_whole else Step(provider, small))(*make_logits(warm))
-    student, teacher = make_logits(cell)
+    (step if provider.warms_whole else Step(provider, small, device))(*make_logits(warm, device))
+    student, teacher = make_logits(cell, device)
     in_place = provider.in_place and cell.form == "loss"
     return partial(step, student, teacher), 0 if in_place else pair_bytes(cell) // 2

@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--provider", action="append", help="default: all")
     add("--rounds", type=int, default=15, help="timed calls of each provider (default %(default)s)")
     add("--seconds", type=float, default=60, help="time after which a cell has had enough rounds")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--no-memory", action="store_true", help="leave out the peak-memory probes")
     add("--csv", type=Path, help="merge the rows into this file")
@@ -96,7 +97,7 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
     providers = [p for p in family.PROVIDERS if p.name in (options.provider or [p.name])]
     shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers} | {family.FLOOR: {}}
     progress.say("preparing")
-    calls = family.runners(cell, providers)
+    calls = family.runners(cell, providers, options.device)
     times = measure.interleaved(
         calls,
         rounds=options.rounds,
@@ -118,7 +119,10 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
         }
         if name != family.FLOOR and not options.no_memory:
             progress.say(f"memory of {name}")
-            peak = measure.peak_memory(family.memory_call, cell, name, options.threads)
+            peak = measure.peak_memory(
+                *(family.memory_call, cell, name, options.threads, options.device),
+                device=options.device,
+            )
             shown[name]["extra_mib"] = f"{peak / 2**20:.2f}"
     context = asdict(cell) | machine.describe()
     return [context | {"provider": name} | values for name, values in shown.items()]
@@ -203,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         print(*options.cells, sep="\n")
         return 0
     torch.set_num_threads(options.threads)
-    print(*(f"{name}: {value}" for name, value in machine.describe().items()), sep="\n")
+    print(*(f"{name}: {value}" for name, value in machine.describe(options.device).items()), sep="\n")
     progress = Progress(options.cells)
     for cell in options.cells:
         rows = measure_cell(cell, options, progress)

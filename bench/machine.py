@@ -25,8 +25,10 @@ def cpu_name() -> str:
     return name
 
 
-def describe() -> dict[str, str]:
+def describe(device: str = "cpu") -> dict[str, str]:
     """The columns that every row of the CSV has, whatever was measured."""
+    if device != "cpu":
+        return describe() | {"cpu": torch.cuda.get_device_name(), "level": device}
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "cpu": cpu_name(),

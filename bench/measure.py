@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import torch
+
 # Between two timed calls the threads of the first one's pool may still be spinning. torch and a
 # compiled kernel can have pools of their own: without a pause one provider is billed for another.
 PAUSE_SECONDS = 0.01
@@ -53,6 +55,25 @@ def interleaved(
     return times
 
 
+def seconds_of(call: Callable[[], object], device: str) -> tuple[float, object]:
+    """Seconds of one call, and its result.
+
+    On a GPU the work between two events, queued behind a kernel that does nothing for about a
+    millisecond: the launches are prepared meanwhile, so that the host's time is not in it.
+    """
+    if device == "cpu":
+        begin = time.perf_counter()
+        result = call()
+        return time.perf_counter() - begin, result
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)
+    begin.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000, result
+
+
 def _resident(field: str) -> int:
     """Bytes of a field of /proc/self/status, such as VmRSS."""
     with open("/proc/self/status") as lines:
@@ -62,8 +83,15 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _memory_child(connection: Connection, make: Callable, arguments: tuple) -> None:
+def _memory_child(connection: Connection, make: Callable, arguments: tuple, device: str) -> None:
     call, gradient_bytes = make(*arguments)
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        connection.send(torch.cuda.max_memory_allocated() - before - gradient_bytes)
+        return
     # Give back what the warm-up has left in malloc's pools: else the call would reuse it unseen.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -75,18 +103,19 @@ def _memory_child(connection: Connection, make: Callable, arguments: tuple) -> N
     del result
 
 
-def peak_memory(make: Callable, *arguments: object) -> int:
+def peak_memory(make: Callable, *arguments: object, device: str = "cpu") -> int:
     """Bytes that one call needs beyond its inputs and its gradient, at most, in a fresh process.
 
     `make(*arguments)` runs there; it allocates the inputs, warms up and returns the call and the
     bytes of a fresh gradient (0 when it is written in place). What is measured is the rise of the
-    resident set's high-water mark, so a page counts once it is touched, and not before.
+    resident set's high-water mark, so a page counts once it is touched, and not before; on a GPU that
+    of torch's allocator.
 
     Raises RuntimeError when the process dies, most often for want of memory.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_memory_child, args=(sender, make, arguments))
+    child = context.Process(target=_memory_child, args=(sender, make, arguments, device))
     child.start()
     sender.close()
     try:

@@ -28,11 +28,13 @@ class Launcher {
 #if defined(STILLHOUSE_SIMT)
   explicit Launcher(const torch::stable::Tensor&) {}
   template <class... Parameters, class... Arguments>
-  void operator()(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+  void operator()(const char* name, void (*kernel)(Parameters...), Grid grid,
                   Arguments... arguments) {
     simt::Launch launch;
-    launch.grid = dim3(unsigned(blocks));
-    launch.block = dim3(unsigned(threads));
+    launch.grid = dim3(unsigned(grid.blocks));
+    launch.block = dim3(unsigned(grid.threads));
+    launch.dynamic_shared = grid.shared;
+    launch.allowed_shared = simt::kDynamicShared;
     simt::run(launch, name, [&] { kernel(arguments...); });
   }
 #else
@@ -42,13 +44,16 @@ class Launcher {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   template <class... Parameters, class... Arguments>
-  void operator()(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads,
-                  Arguments... arguments) {
-    kernel<<<unsigned(blocks), threads, 0, stream_>>>(arguments...);
+  void operator()(const char*, void (*kernel)(Parameters...), Grid grid, Arguments... arguments) {
+    if (grid.shared > kSharedWithoutAsking)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          int(grid.shared)));
+    kernel<<<unsigned(grid.blocks), grid.threads, grid.shared, stream_>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
  private:
+  static constexpr size_t kSharedWithoutAsking = 48 << 10;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 #endif

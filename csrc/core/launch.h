@@ -1,7 +1,8 @@
 // The CUDA vocabulary of the kernels: what nvcc brings, or the executor of tests/simt, which runs the
 // same sources on a CPU. Kernels use what is named here and in block.cuh, and nothing else of CUDA.
 //   thread and block indices; __syncthreads and its _count, _and, _or; __syncwarp; shuffles, ballot,
-//   any, all, match_any with a mask; atomics; SHARED_ARRAY; load_vector and store_vector
+//   any, all, match_any with a mask; atomics; __ldg and __constant__ tables; SHARED_ARRAY and
+//   SHARED_DYNAMIC; load_vector and store_vector; tile.cuh
 #pragma once
 #include "rows.h"
 
@@ -19,11 +20,22 @@ using SharedPointer = simt::Shared<T>;
 // An array in shared memory, of a constant number of elements; not initialised.
 #define SHARED_ARRAY(T, name, n) \
   const ::simt::Shared<T> name = ::simt::shared_array<T>(SIMT_SITE, #name, n)
+// All that the launch asked for (Grid::shared), as one array.
+#define SHARED_DYNAMIC(T, name) const ::simt::Shared<T> name = ::simt::shared_dynamic<T>(SIMT_SITE)
 #else
 template <class T>
 using SharedPointer = T*;
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
+#define SHARED_DYNAMIC(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared)
 #endif
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared = 0;  // bytes of dynamic shared memory a block
+};
 
 // 16 bytes that move at once. The address is a multiple of 16.
 template <class T>

@@ -73,11 +73,11 @@ __device__ __forceinline__ void mma(typename Format::Sum (&d)[4], const uint32_t
   simt::collective(SIMT_SITE, &mine, mma_of_warp<Format>);
   for (int i = 0; i < 4; ++i) d[i] = mine.d[i];
 #else
-#define SH_MMA(shape_and_types, constraint)                                              \
-  asm volatile("mma.sync.aligned." shape_and_types                                       \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]),       \
-                 "+" constraint(d[3])                                                    \
+#define SH_MMA(shape_and_types, constraint)                                        \
+  asm volatile("mma.sync.aligned." shape_and_types                                 \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+               : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), \
+                 "+" constraint(d[3])                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same<Format, MmaBf16>::value)
     SH_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "f");

@@ -16,7 +16,7 @@ void launch_rows(const Problem<Real>& p, Launcher& launch) {
   constexpr int kBlock = kThreads < 128 ? 128 : kThreads;
   constexpr int64_t kTeams = kBlock / kThreads;
   launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kResident, kPlain>,
-         (p.rows + kTeams - 1) / kTeams, kBlock, p);
+         Grid{(p.rows + kTeams - 1) / kTeams, kBlock}, p);
 }
 
 template <class Kind, class Real, class In, bool kPlain>
@@ -100,7 +100,7 @@ struct Cuda {
   template <class Real>
   static void total(const Problem<Real>& p, Real* out, const Tensor& student) {
     Launcher launch(student);
-    launch("total", total_kernel<Real>, 1, 256, p.weight, p.value, p.rows, out);
+    launch("total", total_kernel<Real>, Grid{1, 256}, p.weight, p.value, p.rows, out);
   }
 };
 
@@ -119,7 +119,7 @@ template <class Up>
 void launch_scale(const Tensor& gradient, const Tensor& upstream) {
   if (gradient.numel() == 0) return;
   Launcher launch(gradient);
-  launch("scale", scale_kernel<Up>, count_rows(gradient), 256, rows_of(gradient),
+  launch("scale", scale_kernel<Up>, Grid{count_rows(gradient), 256}, rows_of(gradient),
          gradient.size(gradient.dim() - 1), static_cast<const Up*>(upstream.const_data_ptr()));
 }
 

@@ -80,8 +80,9 @@ struct Arguments {
 // Everything but the outputs. `hold` keeps tensors alive that were made here.
 template <class Real>
 Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
-  STD_TORCH_CHECK(a.numbers.numel() == kNumbers && a.numbers.scalar_type() == ScalarType::Double,
-                  "numbers must be float64 [", int(kNumbers), "]");
+  STD_TORCH_CHECK(a.numbers.numel() == kNumbers && a.numbers.is_cpu() &&
+                      a.numbers.scalar_type() == ScalarType::Double,
+                  "numbers must be float64 [", int(kNumbers), "] on the CPU");
   hold.push_back(torch::stable::contiguous(a.numbers));
   const double* numbers = static_cast<const double*>(hold.back().const_data_ptr());
   Problem<Real> p{};

@@ -80,14 +80,10 @@ struct DivergenceRow {
                    t,
                    w.student_e,
                    w.teacher_e,
-                   {student.gain,
-                    teacher.gain,
-                    student.gain / teacher.gain,
+                   {student.gain, teacher.gain, student.gain / teacher.gain,
                     minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
-                    minus_two_part<Real>(z_normaliser.lse),
-                    minus_two_part<Real>(t_normaliser.lse),
-                    z_normaliser.factor,
-                    t_normaliser.factor}};
+                    minus_two_part<Real>(z_normaliser.lse), minus_two_part<Real>(t_normaliser.lse),
+                    z_normaliser.factor, t_normaliser.factor}};
     if (w.q != nullptr) {
       b.q = w.q + start;
       b.p = w.p + start;

@@ -172,19 +172,15 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     lse_difference[i] = teacher.lse[i] - student.lse[i];
     weight[i] = divergence_weight(problem, r[i]) * gain;
   }
-  const Block<Real, Real, Lanes<Real>> whole{n * kLanes,
-                                             student.tile,
-                                             teacher.tile,
-                                             student.e,
-                                             teacher.e,
-                                             {gain,
-                                              teacher_gain,
-                                              gain / teacher_gain,
-                                              minus_two_part<Real>(lse_difference),
-                                              minus_two_part<Real>(student.lse),
-                                              minus_two_part<Real>(teacher.lse),
-                                              to_lanes(student.factor),
-                                              to_lanes(teacher.factor)}};
+  const Block<Real, Real, Lanes<Real>> whole{
+      n * kLanes,
+      student.tile,
+      teacher.tile,
+      student.e,
+      teacher.e,
+      {gain, teacher_gain, gain / teacher_gain, minus_two_part<Real>(lse_difference),
+       minus_two_part<Real>(student.lse), minus_two_part<Real>(teacher.lse),
+       to_lanes(student.factor), to_lanes(teacher.factor)}};
   const bool with_gradient = problem.gradient.data != nullptr;
   const Lanes<Real> scale = to_lanes(weight);
   Real* g = whole.q;  // the gradient takes the place of q

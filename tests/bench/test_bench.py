@@ -86,8 +86,8 @@ def test_all_providers_compute_the_same_gradient(kind, form):
     found = {}
     for provider in divergence.PROVIDERS:
         if provider.refuses(cell) is None:
-            student, teacher = divergence.make_logits(cell)
-            _, (gradient,) = divergence.Step(provider, cell)(student, teacher)
+            student, teacher = divergence.make_logits(cell, "cpu")
+            _, (gradient,) = divergence.Step(provider, cell, "cpu")(student, teacher)
             found[provider.name] = gradient
             in_place = provider.in_place and form == "loss"
             assert (gradient.data_ptr() == student.data_ptr()) == in_place

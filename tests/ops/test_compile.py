@@ -7,11 +7,14 @@ from stillhouse import ops
 
 NUMBERS = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5], dtype=torch.float64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-S = torch.ops.stillhouse
 
 
+@pytest.mark.parametrize("namespace", ["stillhouse", "stillhouse_simt"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype):
+def test_opcheck(dtype, namespace, request):
+    if namespace == "stillhouse_simt":
+        request.getfixturevalue("simt")
+    S = getattr(torch.ops, namespace)
     z = torch.randn(3, 5, 20).to(dtype)
     t = torch.randn(3, 5, 20).to(dtype)
     labels = torch.randint(0, 17, (3, 5))

@@ -10,6 +10,13 @@ from stillhouse import ops
 KINDS = [ops.ForwardKL(), ops.ReverseKL(), ops.JSD(0.3), ops.TVD(), ops.TAID(0.4), ops.SkewKL()]
 
 
+@pytest.fixture(autouse=True, params=["cpu", "simt"])
+def kernels(request):
+    """The CPU's kernels, and those of CUDA on the executor of tests/simt."""
+    if request.param == "simt":
+        request.getfixturevalue("simt")
+
+
 def plain(z, t, kind, weight, denominator=None, labels=None, label_weight=0.0, **arguments):
     """The loss from the per-row op and torch, with autograd doing the rest."""
     per_row = ops.divergence(z, t, kind, **arguments)

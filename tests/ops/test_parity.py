@@ -265,6 +265,14 @@ def test_long_rows(kind, width, path):
     compare(logits(1, width, torch.bfloat16), logits(1, width, torch.bfloat16), kind)
 
 
+def test_a_label_outside_makes_its_row_nan_on_cuda(simt):
+    """To raise, the host would have to wait for the device."""
+    value = ops.divergence(
+        torch.randn(3, 49), None, "cross_entropy", labels=torch.tensor([48, 49, -7])
+    )
+    assert value.isnan().tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("width", [32_001, 262_144])
 def test_long_rows_on_the_executor(width, simt):
     compare(logits(1, width, torch.float32), logits(1, width, torch.float32), ops.JSD())

@@ -184,6 +184,23 @@ bool async_copies(bool wait) {
   return expect(right, "asynchronous copies");
 }
 
+__constant__ float kWeights[4] = {1, 2, 4, 8};
+
+__global__ void dynamic_kernel(const float* x, float* out) {
+  SHARED_DYNAMIC(float, cell);
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) cell[i] = __ldg(x + i) * kWeights[i % 4];
+  __syncthreads();
+  out[threadIdx.x] = cell[255 - threadIdx.x];
+}
+
+bool dynamic(size_t bytes) {
+  std::vector<float> x(256, 1.f), out(32, 0.f);
+  launch(1, 32, [&] { dynamic_kernel(x.data(), out.data()); }, bytes);
+  bool right = true;
+  for (int i = 0; i < 32; ++i) right = right && out[i] == float(8 >> i % 4);
+  return expect(right, "dynamic shared memory");
+}
+
 // ---- broken ----
 
 __global__ void neighbour_kernel(int* out, bool barrier) {
@@ -232,6 +249,7 @@ const std::map<std::string, bool (*)()>& cases() {
       {"votes", votes},
       {"atomics", atomics},
       {"tiles", tiles},
+      {"dynamic_shared", [] { return dynamic(1024); }},
       {"async_copies", [] { return async_copies(true); }},
       {"barrier", [] { return on_64([](int* out) { neighbour_kernel(out, true); }); }},
       {"warp_sync", [] { return on_32([](int* out) { warp_neighbour_kernel(out, true); }); }},
@@ -298,6 +316,7 @@ const std::map<std::string, bool (*)()>& cases() {
            out[threadIdx.x] = 1;
          });
        }},
+      {"dynamic_shared_overrun", [] { return dynamic(1000); }},
       {"uninitialised_shared",
        [] {
          return on_64([](int* out) {

@@ -218,6 +218,7 @@ void poison(void* data, size_t bytes);
 #define __host__
 #define __forceinline__ inline
 #define __restrict__
+#define __constant__ static const
 #define __launch_bounds__(...)
 
 #define threadIdx (::simt::thread_index())
