@@ -269,13 +269,17 @@ class Buffers:
         return seconds_of(copy, self.device)[0]
 
 
-def runners(cell: Cell, providers: list[Provider], device: str) -> dict[str, Callable[[int], float]]:
+def runners(
+    cell: Cell, providers: list[Provider], device: str
+) -> dict[str, Callable[[int], float]]:
     """The functions to time at a cell: each provider that does not refuse it, and the floor."""
     torch.compiler.reset()  # no compiled code of another cell counts against the limit of variants
     buffers = Buffers(cell, device)
     found = {
         provider.name: partial(
-            buffers.run_step, Step(provider, cell, device), provider.in_place and cell.form == "loss"
+            buffers.run_step,
+            Step(provider, cell, device),
+            provider.in_place and cell.form == "loss",
         )
         for provider in providers
         if provider.refuses(cell) is None

@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         print(*options.cells, sep="\n")
         return 0
     torch.set_num_threads(options.threads)
-    print(*(f"{name}: {value}" for name, value in machine.describe(options.device).items()), sep="\n")
+    conditions = machine.describe(options.device)
+    print(*(f"{name}: {value}" for name, value in conditions.items()), sep="\n")
     progress = Progress(options.cells)
     for cell in options.cells:
         rows = measure_cell(cell, options, progress)

@@ -83,15 +83,8 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _memory_child(connection: Connection, make: Callable, arguments: tuple, device: str) -> None:
+def _memory_child(connection: Connection, make: Callable, arguments: tuple) -> None:
     call, gradient_bytes = make(*arguments)
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        connection.send(torch.cuda.max_memory_allocated() - before - gradient_bytes)
-        return
     # Give back what the warm-up has left in malloc's pools: else the call would reuse it unseen.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -108,14 +101,21 @@ def peak_memory(make: Callable, *arguments: object, device: str = "cpu") -> int:
 
     `make(*arguments)` runs there; it allocates the inputs, warms up and returns the call and the
     bytes of a fresh gradient (0 when it is written in place). What is measured is the rise of the
-    resident set's high-water mark, so a page counts once it is touched, and not before; on a GPU that
-    of torch's allocator.
+    resident set's high-water mark, so a page counts once it is touched, and not before. On a GPU it
+    is the mark of torch's allocator, in this process.
 
     Raises RuntimeError when the process dies, most often for want of memory.
     """
+    if device != "cpu":
+        call, gradient_bytes = make(*arguments)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, result = torch.cuda.memory_allocated(), call()
+        del result
+        return torch.cuda.max_memory_allocated() - before - gradient_bytes
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_memory_child, args=(sender, make, arguments, device))
+    child = context.Process(target=_memory_child, args=(sender, make, arguments))
     child.start()
     sender.close()
     try:
