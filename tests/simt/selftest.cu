@@ -129,7 +129,9 @@ bool tile(int low, int high, Pack pack) {
   constexpr int K = 8 * Format::kElements;
   std::vector<int> A(16 * K), B(K * 8);
   unsigned state = 1;
-  const auto next = [&] { return low + int((state = state * 1664525u + 1013904223u) >> 20) % (high - low + 1); };
+  const auto next = [&] {
+    return low + int((state = state * 1664525u + 1013904223u) >> 20) % (high - low + 1);
+  };
   for (int& x : A) x = next();
   for (int& x : B) x = next();
   std::vector<double> D(16 * 8);
@@ -255,7 +257,8 @@ const std::map<std::string, bool (*)()>& cases() {
       {"warp_sync", [] { return on_32([](int* out) { warp_neighbour_kernel(out, true); }); }},
 
       {"missing_barrier", [] { return on_64([](int* out) { neighbour_kernel(out, false); }); }},
-      {"missing_warp_sync", [] { return on_32([](int* out) { warp_neighbour_kernel(out, false); }); }},
+      {"missing_warp_sync",
+       [] { return on_32([](int* out) { warp_neighbour_kernel(out, false); }); }},
       {"missing_barrier_before_reuse", [] { return on_64(rewrite_kernel); }},
       {"missing_barrier_on_global_memory",
        [] {
@@ -336,15 +339,38 @@ const std::map<std::string, bool (*)()>& cases() {
          for (float v : out) sum += v;
          return expect(sum == 64, "a sum over outputs");
        }},
-      {"too_many_threads", [] { launch(1, 1056, [] {}); return true; }},
-      {"no_block", [] { launch(0, 32, [] {}); return true; }},
-      {"deep_block", [] { launch(1, dim3(1, 1, 65), [] {}); return true; }},
-      {"wide_grid", [] { launch(dim3(1, 65536), 1, [] {}); return true; }},
+      {"too_many_threads",
+       [] {
+         launch(1, 1056, [] {});
+         return true;
+       }},
+      {"no_block",
+       [] {
+         launch(0, 32, [] {});
+         return true;
+       }},
+      {"deep_block",
+       [] {
+         launch(1, dim3(1, 1, 65), [] {});
+         return true;
+       }},
+      {"wide_grid",
+       [] {
+         launch(dim3(1, 65536), 1, [] {});
+         return true;
+       }},
       {"too_much_shared",
        [] {
-         return on_64([](int*) { SHARED_ARRAY(double, cell, 7000); (void)cell; });
+         return on_64([](int*) {
+           SHARED_ARRAY(double, cell, 7000);
+           (void)cell;
+         });
        }},
-      {"too_much_dynamic_shared", [] { launch(1, 32, [] {}, 64 << 10); return true; }},
+      {"too_much_dynamic_shared",
+       [] {
+         launch(1, 32, [] {}, 64 << 10);
+         return true;
+       }},
       {"copy_not_waited_for", [] { return async_copies(false); }},
       {"tile_without_a_lane",
        [] {

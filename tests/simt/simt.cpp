@@ -48,7 +48,8 @@ bool is_mutated(const char* variable, Site site) {
   if (target == targets.end()) return false;
   const std::string whole(site);
   const std::string& end = target->second;
-  return whole.size() > end.size() && whole.compare(whole.size() - end.size(), end.size(), end) == 0 &&
+  return whole.size() > end.size() &&
+         whole.compare(whole.size() - end.size(), end.size(), end) == 0 &&
          whole[whole.size() - end.size() - 1] == '/';
 }
 
@@ -82,7 +83,8 @@ simt_switch:
 struct Context {
   void* sp = nullptr;
   void prepare(char* stack, size_t bytes, void (*entry)()) {
-    auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t(15));
+    auto* top =
+        reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t(15));
     *--top = nullptr;  // entry() starts as if called: 8 below a multiple of 16
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -183,7 +185,8 @@ Thread& me() { return *running->current; }
 
 void enter() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &running->scheduler_stack, &running->scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(nullptr, &running->scheduler_stack,
+                                  &running->scheduler_stack_size);
 #endif
   try {
     (*running->body)();
@@ -305,7 +308,8 @@ std::string Block::describe(const Thread& t) const {
       text << "waits at the barrier of " << place(t.site);
       break;
     case State::at_warp_op:
-      text << "waits at the warp operation of " << place(t.site) << " with mask 0x" << std::hex << t.mask;
+      text << "waits at the warp operation of " << place(t.site) << " with mask 0x" << std::hex
+           << t.mask;
       break;
     case State::ready:
       text << "runs";
@@ -339,8 +343,10 @@ const dim3& grid_size() { return running->launch->grid; }
 
 void fail(Site site, const std::string& what) {
   std::ostringstream text;
-  text << place(site) << ": " << what << " (thread " << me().linear << " of block " << running->index.x;
-  if (running->index.y + running->index.z > 0) text << ", " << running->index.y << ", " << running->index.z;
+  text << place(site) << ": " << what << " (thread " << me().linear << " of block "
+       << running->index.x;
+  if (running->index.y + running->index.z > 0)
+    text << ", " << running->index.y << ", " << running->index.z;
   text << ")";
   throw Error(text.str());
 }
@@ -363,7 +369,8 @@ uint64_t warp_op(Site site, WarpOp op, uint32_t mask, uint64_t value, int argume
   const int lane = t.linear % kWarp, first = t.linear - lane;
   const int lanes = std::min(kWarp, int(running->threads.size()) - first);
   if ((mask >> lane & 1) == 0) fail(site, "a lane calls a warp operation whose mask leaves it out");
-  if (lanes < kWarp && mask >> lanes != 0) fail(site, "the mask names lanes that the block has not");
+  if (lanes < kWarp && mask >> lanes != 0)
+    fail(site, "the mask names lanes that the block has not");
   if (width < 1 || width > kWarp || (width & (width - 1)) != 0)
     fail(site, "the width of a shuffle is a power of two up to 32");
   t.site = site;
@@ -457,7 +464,11 @@ void copy_async_wait(int pending) {
 // ---- shared memory ----
 
 SharedArray::SharedArray(Site site, size_t bytes, size_t element, std::string name)
-    : site_(site), name_(std::move(name)), bytes_(element), data_(bytes), elements_(bytes / element) {
+    : site_(site),
+      name_(std::move(name)),
+      bytes_(element),
+      data_(bytes),
+      elements_(bytes / element) {
   poison(data_.data(), data_.size());
 }
 
@@ -497,7 +508,8 @@ void SharedArray::read(size_t index, void* out) {
   Element& element = at(index, "read");
   const Access now = my_access();
   if (!element.written)
-    fail(site_, "read of shared array " + name_ + "[" + std::to_string(index) + "] before any write");
+    fail(site_,
+         "read of shared array " + name_ + "[" + std::to_string(index) + "] before any write");
   check(element, index, now, false, false);
   if (element.reader.thread / kWarp != now.thread / kWarp) {
     element.reader_of_other_warp = element.reader;
@@ -523,7 +535,8 @@ void SharedArray::update(size_t index, const std::function<void(void*)>& step) {
   Element& element = at(index, "atomic update");
   const Access now = my_access();
   if (!element.written)
-    fail(site_, "update of shared array " + name_ + "[" + std::to_string(index) + "] before any write");
+    fail(site_,
+         "update of shared array " + name_ + "[" + std::to_string(index) + "] before any write");
   check(element, index, now, true, true);
   element.atomic = now;
   element.reader = element.reader_of_warp = element.reader_of_other_warp = Access();
@@ -535,8 +548,8 @@ SharedArray* static_shared(Site site, const char* name, size_t bytes, size_t ele
   if (array == nullptr) {
     running->static_bytes += bytes;
     if (running->static_bytes > kStaticShared)
-      fail(site, "static shared memory of " + std::to_string(running->static_bytes) + " bytes, the limit is " +
-                     std::to_string(kStaticShared));
+      fail(site, "static shared memory of " + std::to_string(running->static_bytes) +
+                     " bytes, the limit is " + std::to_string(kStaticShared));
     array = std::make_unique<SharedArray>(site, bytes, element, name);
   }
   return array.get();
@@ -563,7 +576,7 @@ void check_limits(const Launch& l) {
     if (value > most)
       throw Error(std::string(what) + " of " + std::to_string(value) + ", the limit is " +
                   std::to_string(most));
-    };
+  };
   const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z;
   limit("a block", threads, kMaxThreads);
   limit("blockDim.z", l.block.z, 64);
@@ -604,9 +617,9 @@ void run(const Launch& launch, const char* kernel, const std::function<void()>& 
       std::mt19937_64 of_block(salt + b);
       try {
         running->run(launch,
-                  {b % launch.grid.x, b / launch.grid.x % launch.grid.y,
-                   b / (launch.grid.x * launch.grid.y)},
-                  body, of_block);
+                     {b % launch.grid.x, b / launch.grid.x % launch.grid.y,
+                      b / (launch.grid.x * launch.grid.y)},
+                     body, of_block);
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (!error) error = std::current_exception();
@@ -614,7 +627,8 @@ void run(const Launch& launch, const char* kernel, const std::function<void()>& 
       }
     }
   };
-  const unsigned workers = unsigned(std::min<uint64_t>(blocks, std::thread::hardware_concurrency()));
+  const unsigned workers =
+      unsigned(std::min<uint64_t>(blocks, std::thread::hardware_concurrency()));
   std::vector<std::thread> others;
   for (unsigned i = 1; i < workers; ++i) others.emplace_back(work);
   work();

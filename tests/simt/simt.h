@@ -33,11 +33,21 @@ using Site = const char*;
 // A GPU's limits, those of the oldest architecture the project builds for (sm_80) unless named.
 constexpr int kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kStaticShared = 48 << 10;   // also what a launch may ask for without saying so before
+constexpr size_t kStaticShared = 48
+                                 << 10;  // also what a launch may ask for without saying so before
 constexpr size_t kDynamicShared = 99 << 10;  // opt-in of sm_86, sm_89 and sm_120, the smallest
 constexpr size_t kArguments = 4 << 10;
 
-enum class WarpOp { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, match_any, collective };
+enum class WarpOp {
+  sync,
+  shuffle,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  ballot,
+  match_any,
+  collective
+};
 
 struct Thread;
 
@@ -69,7 +79,8 @@ class SharedArray {
     Access reader, reader_of_warp, reader_of_other_warp;
   };
   Element& at(size_t index, const char* what);
-  void check(const Element& element, size_t index, const Access& me, bool writes, bool atomic) const;
+  void check(const Element& element, size_t index, const Access& me, bool writes,
+             bool atomic) const;
   Site site_;
   std::string name_;
   size_t bytes_;
@@ -133,7 +144,8 @@ uint64_t warp_op(Site site, WarpOp op, uint32_t mask, uint64_t value, int argume
 
 template <class T>
 T shuffle(Site site, WarpOp op, uint32_t mask, T value, int argument, int width = kWarp) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "shuffles move 4 or 8 bytes");
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value,
+                "shuffles move 4 or 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = warp_op(site, op, mask, bits, argument, width);
@@ -180,7 +192,8 @@ T atomic_update(T* address, F next) {
     const T updated = next(old);
     Bits after;
     std::memcpy(&after, &updated, sizeof(T));
-    if (__atomic_compare_exchange_n(bits, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    if (__atomic_compare_exchange_n(bits, &before, after, false, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED))
       return old;
   }
 }
@@ -242,8 +255,9 @@ void poison(void* data, size_t bytes);
 #define __ballot_sync(mask, p) ::simt::ballot(SIMT_SITE, mask, bool(p))
 #define __any_sync(mask, p) (::simt::ballot(SIMT_SITE, mask, bool(p)) != 0)
 #define __all_sync(mask, p) (::simt::ballot(SIMT_SITE, mask, !(p)) == 0)
-#define __match_any_sync(mask, value) \
-  uint32_t(::simt::warp_op(SIMT_SITE, ::simt::WarpOp::match_any, mask, uint64_t(value), 0, ::simt::kWarp))
+#define __match_any_sync(mask, value)                                                      \
+  uint32_t(::simt::warp_op(SIMT_SITE, ::simt::WarpOp::match_any, mask, uint64_t(value), 0, \
+                           ::simt::kWarp))
 
 template <class T>
 inline T __ldg(const T* p) {
