@@ -35,9 +35,11 @@ void choose_team(const Problem<Real>& p, Launcher& launch) {
         return launch_rows<Kind, Real, In, 256, true, kPlain>(p, launch);
     }
     // Rows that are being worked on should stay in L2 until their last pass: where they are long, one
-    // large team a multiprocessor instead of three.
-    if (p.vocab <= 8192) return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
-    return launch_rows<Kind, Real, In, 512, false, kPlain>(p, launch);
+    // large team a multiprocessor instead of three. The registers of statistics and labels leave room
+    // for one or two teams of 256 anyway.
+    if constexpr (kPlain)
+      if (p.vocab > 8192) return launch_rows<Kind, Real, In, 512, false, kPlain>(p, launch);
+    return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
   }
 }
 
