@@ -362,9 +362,9 @@ __device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t 
 
 // Blocks that an SM must have room for: what the registers allow without spilling.
 template <class Kind, class In, int kThreads, bool kResident, bool kPlain>
-constexpr int kBlocks = !kPlain || kThreads > 256 ? 1
-                        : Kind::kUnitSlope        ? 3
-                                                  : 2;
+constexpr int kBlocks = !kPlain || kThreads > 256        ? 1
+                        : Kind::kUnitSlope && !kResident ? 3
+                                                         : 2;
 
 template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
 __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
