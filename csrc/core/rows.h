@@ -22,8 +22,8 @@ struct Rows {
 
 SH_INLINE char* row_of(const Rows& rows, int64_t r) {
   char* data = rows.data;
-  for (int i = rows.leading - 1; i > 0;
-       --i) {  // a division costs as much as a short row's logarithm
+  // The first dimension needs no division, which costs as much as a short row's logarithm.
+  for (int i = rows.leading - 1; i > 0; --i) {
     data += (r % rows.size[i]) * rows.stride[i];
     r /= rows.size[i];
   }

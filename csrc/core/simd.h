@@ -113,15 +113,6 @@ SH_INLINE void load_step(const Bf16* x, int64_t i, Float16x& out) {
   out = _mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(both, 16)
                                    : _mm512_and_epi32(both, _mm512_set1_epi32(int(0xffff0000))));
 }
-struct Bf16Steps {
-  Bf16* out;
-  __m512i even = {};
-  SH_INLINE void store(int64_t i, Float16x x) {
-    const __m512i rounded = rounded_to_bf16(x);
-    if (i == 0) even = _mm512_srli_epi32(rounded, 16);
-    if (i == 1) _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded));
-  }
-};
 
 // Row i, column j of sixteen vectors becomes row j, column i.
 SH_INLINE void transpose(Float16x (&x)[16]) {
@@ -170,20 +161,28 @@ SH_INLINE void store(Real x, Out* out) {
 }
 
 // Step i of a short loop over lanes: a load, and a place to store to.
-template <class In, class Lane>
-SH_INLINE void load_step(const In* x, int64_t i, Lane& out) {
-  load(x + i * (sizeof(Lane) > 8 ? 16 : 1), out);
+template <class L>
+constexpr int64_t kElements = sizeof(L) > sizeof(double) ? 16 : 1;
+template <class In, class L>
+SH_INLINE void load_step(const In* x, int64_t i, L& out) {
+  load(x + i * kElements<L>, out);
 }
-template <class Lane, class Out>
+template <class L, class Out>
 struct Steps {
   Out* out;
-  SH_INLINE void store(int64_t i, Lane x) {
-    stillhouse::store(x, out + i * (sizeof(Lane) > 8 ? 16 : 1));
-  }
+  SH_INLINE void store(int64_t i, L x) { stillhouse::store(x, out + i * kElements<L>); }
 };
 #if defined(__AVX512F__)
 template <>
-struct Steps<Float16x, Bf16> : Bf16Steps {};
+struct Steps<Float16x, Bf16> {
+  Bf16* out;
+  __m512i even = {};
+  SH_INLINE void store(int64_t i, Float16x x) {
+    const __m512i rounded = rounded_to_bf16(x);
+    if (i == 0) even = _mm512_srli_epi32(rounded, 16);
+    if (i == 1) _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded));
+  }
+};
 #endif
 
 template <class Real>

@@ -21,11 +21,6 @@ namespace {
 
 #include "source.h"
 
-template <class Real>
-Real row_weight(const Problem<Real>& problem, int64_t r) {
-  return problem.weight != nullptr ? problem.weight[r] : Real(1);
-}
-
 #include "label.h"
 
 #include "blocks.h"
@@ -65,13 +60,6 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 void zero(char* row, int64_t from, int64_t to, int64_t size) {
   for (int64_t i = from * size; i < to * size; ++i) row[i] = 0;
-}
-
-template <class Real>
-bool counts(const Problem<Real>& problem, int64_t r) {
-  return (problem.mask == nullptr || problem.mask[r]) &&
-         (problem.weight == nullptr || problem.weight[r] != 0) &&
-         (problem.kind != kCrossEntropy || problem.labels[r] != -100);
 }
 
 template <class Kind, class Real>

@@ -37,6 +37,25 @@ struct Problem {
   int64_t short_limit;     // rows of at most so many columns are taken kLanes at a time
 };
 
+// What the problem says of a row, for every device.
+template <class Real>
+SH_INLINE bool has_labels(const Problem<Real>& p) {
+  return p.labels != nullptr && p.label_weight > 0;
+}
+template <class Real>
+SH_INLINE bool labelled(const Problem<Real>& p, int64_t r) {
+  return has_labels(p) && p.labels[r] != -100;
+}
+template <class Real>
+SH_INLINE bool counts(const Problem<Real>& p, int64_t r) {
+  return (p.mask == nullptr || p.mask[r]) && (p.weight == nullptr || p.weight[r] != 0) &&
+         (p.kind != kCrossEntropy || p.labels[r] != -100);
+}
+template <class Real>
+SH_INLINE Real row_weight(const Problem<Real>& p, int64_t r) {
+  return p.weight != nullptr ? p.weight[r] : Real(1);
+}
+
 SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Whether rows are taken kLanes at a time.

@@ -2,15 +2,6 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-template <class Real>
-bool has_labels(const Problem<Real>& problem) {
-  return problem.labels != nullptr && problem.label_weight > 0;
-}
-template <class Real>
-bool labelled(const Problem<Real>& problem, int64_t r) {
-  return has_labels(problem) && problem.labels[r] != -100;
-}
-
 // -(1 - s) log q1_y - s mean_j log q1_j over the columns that are not -inf, q1 = softmax of the
 // student's logits at the label's own temperature.
 template <class Real>

@@ -25,8 +25,7 @@ constexpr int kHeld = 8;
 // Plain: no statistics, no labels, no soft-cap, no mixture. Their registers are worth a kernel of its own.
 template <class Real>
 bool is_plain(const Problem<Real>& p) {
-  const bool labels = p.labels != nullptr && p.label_weight > 0;
-  return p.stats == nullptr && !labels && p.student.cap == 0 && p.teacher.cap == 0 &&
+  return p.stats == nullptr && !has_labels(p) && p.student.cap == 0 && p.teacher.cap == 0 &&
          p.kind != kTAID;
 }
 
@@ -117,8 +116,7 @@ struct DeviceRow {
   __device__ void normalise() {
     const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain_or_one() * kLog2e);
     Real own_label_gain2 = 0;
-    if (!kPlain && problem.labels != nullptr && problem.label_weight > 0 &&
-        problem.labels[r] != -100) {
+    if (!kPlain && stillhouse::labelled(problem, r)) {
       labelled = true;
       label = problem.labels[r];
       const double ratio = problem.student.temperature / problem.label_temperature;
@@ -180,8 +178,8 @@ struct DeviceRow {
       scalars.p_factor = Real(1 / totals[1]);
     }
 
-    const Real row_weight = problem.weight != nullptr ? problem.weight[r] : Real(1);
-    weight = row_weight * Real(1 - problem.label_weight) * student.gain;
+    const Real of_row = row_weight(problem, r);
+    weight = of_row * Real(1 - problem.label_weight) * student.gain;
     if (!kPlain && labelled) {
       Real parts[3] = {x_label, finite_sum, finite};
       T::reduce(parts, Add());
@@ -190,7 +188,7 @@ struct DeviceRow {
       const double lse =
           own_label_gain2 > 0 ? double(label_gain) * double(z_shift) + fast_log(totals[2]) : z_lse;
       label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
-      label_weight = row_weight * Real(problem.label_weight) * label_gain;
+      label_weight = of_row * Real(problem.label_weight) * label_gain;
       const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
       // A label outside the row cannot raise from here without stopping the stream.
       const bool inside = label >= 0 && label < problem.vocab;
@@ -373,12 +371,10 @@ __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
   const int64_t teams = int64_t(blockDim.x) / kThreads;
   const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;
   if (r >= problem.rows) return;  // a whole team
-  const bool counts = (problem.mask == nullptr || problem.mask[r]) &&
-                      (problem.weight == nullptr || problem.weight[r] != 0) &&
-                      (kHasTeacher<Kind> || problem.labels[r] != -100);
+  const bool counted = counts(problem, r);
   if (problem.gradient.data != nullptr)
-    zero_columns<kThreads>(problem.gradient, r, counts ? problem.vocab : 0, problem.width);
-  if (!counts) {
+    zero_columns<kThreads>(problem.gradient, r, counted ? problem.vocab : 0, problem.width);
+  if (!counted) {
     if (Team<kThreads>::rank() != 0) return;
     if (problem.value != nullptr) problem.value[r] = 0;
     for (int i = 0; i < kStats && problem.stats != nullptr; ++i)
