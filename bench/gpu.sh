@@ -94,7 +94,9 @@ export PYTHONPATH="$PWD/$SCRATCH/python" HF_HUB_OFFLINE=1
 
 # ---- test: against float64 on the CPU ----
 say "testing"
-"$PYTHON" -m pytest tests/ops --device cuda -q -x -p no:cacheprovider
+# Not again what needs no GPU and has been run without one: instruction sets, executor, packaging.
+"$PYTHON" -m pytest tests --ignore tests/simt --ignore tests/packaging --device cuda -q -x \
+  -p no:cacheprovider -k "not level0 and not level1 and not level2 and not levelsimt"
 if command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck; do
     say "$check"

@@ -27,6 +27,8 @@ class Launcher {
  public:
 #if defined(STILLHOUSE_SIMT)
   explicit Launcher(const torch::stable::Tensor&) {}
+  // Bytes of dynamic shared memory that a block can have beside a kibibyte of arrays.
+  size_t most_shared() const { return simt::kDynamicShared - 1024; }
   template <class... Parameters, class... Arguments>
   void operator()(const char* name, void (*kernel)(Parameters...), Grid grid,
                   Arguments... arguments) {
@@ -38,10 +40,17 @@ class Launcher {
     simt::run(launch, name, [&] { kernel(arguments...); });
   }
 #else
-  explicit Launcher(const torch::stable::Tensor& like) : guard_(like.get_device_index()) {
+  explicit Launcher(const torch::stable::Tensor& like)
+      : device_(like.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+  }
+  size_t most_shared() const {
+    int bytes = 0;
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return size_t(bytes) - 1024;
   }
   template <class... Parameters, class... Arguments>
   void operator()(const char*, void (*kernel)(Parameters...), Grid grid, Arguments... arguments) {
@@ -54,6 +63,7 @@ class Launcher {
 
  private:
   static constexpr size_t kSharedWithoutAsking = 48 << 10;
+  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 #endif

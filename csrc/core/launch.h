@@ -52,6 +52,15 @@ __device__ __forceinline__ Vector16<T> load_vector(const T* p) {
   return *v;
 #endif
 }
+#if defined(STILLHOUSE_SIMT)
+template <class T>
+Vector16<T> load_vector(const simt::Shared<T>& p) {
+  if (p.first() * sizeof(T) % 16 != 0) simt::fail(SIMT_SITE, "misaligned access of 16 bytes");
+  Vector16<T> v;
+  for (int i = 0; i < v.kSize; ++i) v.at[i] = p[i];
+  return v;
+}
+#endif
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, const Vector16<T>& value) {
   auto* v = reinterpret_cast<Vector16<T>*>(p);

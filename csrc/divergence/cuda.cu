@@ -11,43 +11,55 @@ namespace {
 template <class In, int kThreads>
 constexpr int64_t kColumns = kThreads * kHeld - kChunk<In>;
 
-template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
-void launch_rows(const Problem<Real>& p, Launcher& launch) {
-  constexpr int kBlock = kThreads < 128 ? 128 : kThreads;
+template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
+void launch_rows(const Problem<Real>& p, Launcher& launch, size_t shared = 0) {
+  constexpr int kBlock = kBlockThreads<kThreads>;
   constexpr int64_t kTeams = kBlock / kThreads;
-  launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kResident, kPlain>,
-         Grid{(p.rows + kTeams - 1) / kTeams, kBlock}, p);
+  launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kHold, kPlain>,
+         Grid{(p.rows + kTeams - 1) / kTeams, kBlock, shared}, p);
 }
 
-template <class Kind, class Real, class In, bool kPlain>
-void choose_team(const Problem<Real>& p, Launcher& launch) {
-  if constexpr (std::is_same<In, Mixed>::value) {
-    if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, false, false>(p, launch);
-    return launch_rows<Kind, Real, In, 256, false, false>(p, launch);
-  } else {
-    const int64_t resident = p.resident_limit < 0 ? p.vocab : p.resident_limit;
-    if (p.vocab <= resident) {
-      if (p.vocab <= kColumns<In, 32>)
-        return launch_rows<Kind, Real, In, 32, true, kPlain>(p, launch);
-      if (p.vocab <= kColumns<In, 128>)
-        return launch_rows<Kind, Real, In, 128, true, kPlain>(p, launch);
-      if (p.vocab <= kColumns<In, 256>)
-        return launch_rows<Kind, Real, In, 256, true, kPlain>(p, launch);
+// Above this many columns a row that shares its multiprocessor with no other gets a team of 512.
+constexpr int64_t kLarge = 8192;
+
+template <class Kind, class Real, class In>
+void choose_hold(const Problem<Real>& p, Launcher& launch) {
+  const int64_t resident = p.resident_limit < 0 ? p.vocab : p.resident_limit;
+  if (p.vocab <= resident) {
+    if (p.vocab <= kColumns<In, 32>)
+      return launch_rows<Kind, Real, In, 32, Hold::registers, true>(p, launch);
+    if (p.vocab <= kColumns<In, 256>)
+      return launch_rows<Kind, Real, In, 256, Hold::registers, true>(p, launch);
+    // Both sides, each of at most a chunk more than its columns.
+    const size_t shared = 2 * (size_t(p.vocab) / kChunk<In> + 2) * 16;
+    if (shared <= launch.most_shared()) {
+      if (p.vocab > kLarge)
+        return launch_rows<Kind, Real, In, 512, Hold::shared, true>(p, launch, shared);
+      return launch_rows<Kind, Real, In, 256, Hold::shared, true>(p, launch, shared);
     }
-    // Rows that are being worked on should stay in L2 until their last pass: where they are long, one
-    // large team a multiprocessor instead of three. The registers of statistics and labels leave room
-    // for one or two teams of 256 anyway.
-    if constexpr (kPlain)
-      if (p.vocab > 8192) return launch_rows<Kind, Real, In, 512, false, kPlain>(p, launch);
-    return launch_rows<Kind, Real, In, 256, false, kPlain>(p, launch);
   }
+  // Rows that are being worked on should stay in L2 until their last pass: one large team a
+  // multiprocessor instead of three.
+  launch_rows<Kind, Real, In, 512, Hold::nothing, true>(p, launch);
+}
+
+// With statistics, labels, a soft-cap or a mixture.
+template <class Kind, class Real, class In>
+void choose_full(const Problem<Real>& p, Launcher& launch) {
+  if constexpr (!std::is_same<In, Mixed>::value) {
+    if (p.vocab <= kColumns<In, 32> && (p.resident_limit < 0 || p.vocab <= p.resident_limit))
+      return launch_rows<Kind, Real, In, 32, Hold::registers, false>(p, launch);
+  } else {
+    if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, Hold::nothing, false>(p, launch);
+  }
+  launch_rows<Kind, Real, In, 256, Hold::nothing, false>(p, launch);
 }
 
 template <class Kind, class Real, class In>
 void choose_plain(const Problem<Real>& p, Launcher& launch) {
   if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value)
-    if (is_plain(p)) return choose_team<Kind, Real, In, true>(p, launch);
-  choose_team<Kind, Real, In, false>(p, launch);
+    if (is_plain(p)) return choose_hold<Kind, Real, In>(p, launch);
+  choose_full<Kind, Real, In>(p, launch);
 }
 
 template <class Kind, class Real>
@@ -60,7 +72,7 @@ void choose_type(const Problem<Real>& p, Launcher& launch) {
     if (same && dtype == Dtype::bf16) return choose_plain<Kind, Real, Bf16>(p, launch);
     if (same && dtype == Dtype::fp16) return choose_plain<Kind, Real, Fp16>(p, launch);
   }
-  choose_team<Kind, Real, Mixed, false>(p, launch);
+  choose_full<Kind, Real, Mixed>(p, launch);
 }
 
 // out = sum of weight * value, by one block in an order that does not change.

@@ -4,10 +4,10 @@
 //   1. maxima and sums of exponentials of both sides             (a label's own softmax beside them)
 //   2. terms: value, statistics, slopes; with a known H the gradient
 //   3. (h - q H) weight, elsewhere
-// A short row stays in registers, logits and exponentials: one read, one write, two exponentials a pair.
-// A long one is read again in every pass, which finds it in L2.
+// Where a row pair stays from pass to pass decides what the passes cost (Hold).
 #pragma once
 #include "../core/block.cuh"
+#include "../core/tile.cuh"
 #include "side.cuh"
 
 namespace stillhouse {
@@ -19,6 +19,11 @@ struct LabelsOnly {
 template <class Kind>
 constexpr bool kHasTeacher = !std::is_same<Kind, LabelsOnly>::value;
 
+// Where a row pair stays: in registers beside its exponentials, so that these are taken once; in shared
+// memory as it came, which holds three times as many columns as with exponentials; nowhere, so that
+// every pass reads it again and finds it in L2 at best.
+enum class Hold { registers, shared, nothing };
+
 // Elements of each side that a thread holds in registers, beside their exponentials.
 constexpr int kHeld = 8;
 
@@ -29,15 +34,17 @@ bool is_plain(const Problem<Real>& p) {
          p.kind != kTAID;
 }
 
-template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
+template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
 struct DeviceRow {
   using T = Team<kThreads>;
   using Side = DeviceSide<In, Real, kPlain>;
   static constexpr int kSize = kChunk<In>;
-  static constexpr int kSlots = kResident ? kHeld / kSize : 1;  // chunks a thread holds
+  static constexpr bool kRegisters = kHold == Hold::registers;
+  static constexpr int kSlots = kRegisters ? kHeld / kSize : 1;  // chunks a thread holds
 
   const Problem<Real>& problem;
   const int64_t r;
+  const SharedPointer<In> shared;  // [2, chunks, kSize] for Hold::shared
   Side student, teacher;
   Real mix = 1;  // of the teacher in TAID's target
   int64_t origin = 0, chunks = 0;
@@ -56,9 +63,10 @@ struct DeviceRow {
   static constexpr int kSums = kPlain ? 2 : 6;
   double sums[kSums] = {};
 
-  __device__ DeviceRow(const Problem<Real>& problem, int64_t r)
+  __device__ DeviceRow(const Problem<Real>& problem, int64_t r, SharedPointer<In> shared)
       : problem(problem),
         r(r),
+        shared(shared),
         student(problem.student, r, problem.vocab),
         scalars{1,       1,      1, {Real(0), Real(0)}, {Real(0), Real(0)}, {Real(0), Real(0)},
                 Real(0), Real(0)} {
@@ -81,7 +89,7 @@ struct DeviceRow {
   // f(slot, first column) for the chunks of this thread.
   template <class F>
   __device__ __forceinline__ void each_chunk(F f) {
-    if constexpr (kResident) {
+    if constexpr (kRegisters) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
         f(slot, origin + (T::rank() + slot * kThreads) * kSize);
@@ -90,7 +98,27 @@ struct DeviceRow {
     }
   }
 
+  // Where a chunk of a side lies in shared memory.
+  __device__ SharedPointer<In> held(int side, int64_t start) const {
+    return shared + (side * chunks * kSize + start - origin);
+  }
+
+  // The row pair to shared memory. Every thread copies what it will read: no barrier.
+  __device__ void copy_to_shared() {
+    each_chunk([&](int, int64_t start) {
+      student.copy(start, held(0, start));
+      teacher.copy(start, held(1, start));
+    });
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+
   __device__ void load(int slot, int64_t start) {
+    if constexpr (kHold == Hold::shared) {
+      Side::widen_all(load_vector(held(0, start)), z[slot]);
+      Side::widen_all(load_vector(held(1, start)), t[slot]);
+      return;
+    }
     student.load(start, z[slot]);
     if constexpr (kHasTeacher<Kind>) {
       teacher.load(start, t[slot]);
@@ -126,9 +154,10 @@ struct DeviceRow {
     RunningSum<Real> of_z, of_t;
     Real x_label = 0, finite_sum = 0, finite = 0;
     const bool smooth = labelled && problem.label_smoothing > 0;
+    if constexpr (kHold == Hold::shared) copy_to_shared();
     each_chunk([&](int slot, int64_t start) {
       load(slot, start);
-      if constexpr (kResident) {
+      if constexpr (kHold != Hold::nothing) {
         of_z.widen_to(z[slot]);
         if constexpr (kHasTeacher<Kind>) of_t.widen_to(t[slot]);
       } else {
@@ -148,8 +177,9 @@ struct DeviceRow {
     T::reduce(maxima, Largest());
     z_shift = RunningSum<Real>::shift_of(maxima[0]);
     t_shift = RunningSum<Real>::shift_of(maxima[1]);
-    if constexpr (kResident) {
-      each_chunk([&](int slot, int64_t) {
+    if constexpr (kHold != Hold::nothing) {
+      each_chunk([&](int slot, int64_t start) {
+        if constexpr (kHold == Hold::shared) load(slot, start);
         of_z.sum += exponentials(z[slot], z_shift, gain2, z_e[slot]);
         if constexpr (kHasTeacher<Kind>)
           of_t.sum += exponentials(t[slot], t_shift, t_gain2, t_e[slot]);
@@ -213,7 +243,7 @@ struct DeviceRow {
     } else {
       int64_t first[2] = {-problem.vocab, -problem.vocab};  // negated: the largest is the first
       each_chunk([&](int slot, int64_t start) {
-        if constexpr (!kResident) load(slot, start);
+        if constexpr (!kRegisters) load(slot, start);
         for (int i = kSize - 1; i >= 0; --i) {
           if (start + i < 0 || start + i >= problem.vocab) continue;
           if (z[slot][i] == maxima[0] && -(start + i) > first[0]) first[0] = -(start + i);
@@ -225,9 +255,9 @@ struct DeviceRow {
     }
   }
 
-  // The logits of a chunk and their exponentials, once more from memory where they are not held.
+  // The logits of a chunk and their exponentials, once more where registers do not hold them.
   __device__ void fetch(int slot, int64_t start) {
-    if constexpr (kResident) return;
+    if constexpr (kRegisters) return;
     load(slot, start);
     exponentials(z[slot], z_shift, Real(student.gain * kLog2e), z_e[slot]);
     if constexpr (kHasTeacher<Kind>)
@@ -278,7 +308,7 @@ struct DeviceRow {
           }
           g[i] = (slope + e.q) * weight;
           if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
-          if constexpr (kResident && !Kind::kUnitSlope) z_e[slot][i] = e.q, t_e[slot][i] = slope;
+          if constexpr (kRegisters && !Kind::kUnitSlope) z_e[slot][i] = e.q, t_e[slot][i] = slope;
         } else {
           if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
         }
@@ -297,7 +327,7 @@ struct DeviceRow {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           Real q = z_e[slot][i], h = t_e[slot][i];
-          if constexpr (!kResident) {
+          if constexpr (!kRegisters) {
             const Element<Real> e = element(slot, i);
             q = e.q, h = Kind::slope(e, params);
           }
@@ -358,16 +388,18 @@ __device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t 
   });
 }
 
-// Blocks that an SM must have room for: what the registers allow without spilling.
-template <class Kind, class In, int kThreads, bool kResident, bool kPlain>
-constexpr int kBlocks = !kPlain || kThreads > 256        ? 1
-                        : Kind::kUnitSlope && !kResident ? 3
-                                                         : 2;
+// A kernel's block: its threads, and how many blocks an SM must have registers for without spilling.
+template <int kThreads>
+constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
+template <class Kind, int kThreads, Hold kHold, bool kPlain>
+constexpr int kBlocks = !kPlain || kThreads > 256                      ? 1
+                        : Kind::kUnitSlope && kHold != Hold::registers ? 3
+                                                                       : 2;
 
-template <class Kind, class Real, class In, int kThreads, bool kResident, bool kPlain>
-__global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
-                                  (kBlocks<Kind, In, kThreads, kResident, kPlain>))
+template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Kind, kThreads, kHold, kPlain>))
     divergence_kernel(const Problem<Real> problem) {
+  SHARED_DYNAMIC(In, shared);
   const int64_t teams = int64_t(blockDim.x) / kThreads;
   const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;
   if (r >= problem.rows) return;  // a whole team
@@ -381,7 +413,7 @@ __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads,
       problem.stats[i * problem.rows + r] = 0;
     return;
   }
-  DeviceRow<Kind, Real, In, kThreads, kResident, kPlain> row(problem, r);
+  DeviceRow<Kind, Real, In, kThreads, kHold, kPlain> row(problem, r, shared);
   row.normalise();
   row.run();
   row.write();

@@ -53,14 +53,29 @@ struct DeviceSide {
     return x;
   }
 
+  __device__ static void widen_all(const Vector16<In>& v, Real (&x)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = Real(widen(v.at[i]));
+  }
+
+  // Columns start ... start + kSize - 1 to shared memory, -inf outside the row; see copy_async.
+  __device__ void copy(int64_t start, SharedPointer<In> to) const {
+    const In* from = reinterpret_cast<const In*>(row) + start;
+    if (aligned && start >= 0 && start + kSize <= vocab) return copy_async(to, from);
+    for (int i = 0; i < kSize; ++i) {
+      In x;
+      narrow(-INFINITY, x);
+      if (start + i >= 0 && start + i < vocab) x = from[i];
+      to[i] = x;
+    }
+  }
+
   // Columns start ... start + kSize - 1, -inf outside the row.
   __device__ void load(int64_t start, Real (&x)[kSize]) const {
     const bool whole = start >= 0 && start + kSize <= vocab;
     if (whole && aligned) {
       if constexpr (!std::is_same<In, Mixed>::value) {
-        const auto v = load_vector(reinterpret_cast<const In*>(row) + start);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) x[i] = Real(widen(v.at[i]));
+        widen_all(load_vector(reinterpret_cast<const In*>(row) + start), x);
       }
     } else {
 #pragma unroll

@@ -273,9 +273,11 @@ def test_a_label_outside_makes_its_row_nan_on_cuda(simt):
     assert value.isnan().tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("width", [32_001, 262_144])
-def test_long_rows_on_the_executor(width, simt):
-    compare(logits(1, width, torch.float32), logits(1, width, torch.float32), ops.JSD())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [9_001, 32_001, 262_144])
+def test_long_rows_on_the_executor(width, dtype, simt):
+    """In shared memory up to 12,500 columns (float32) or 25,000, as on the smallest GPUs."""
+    compare(logits(2, width, dtype), logits(2, width, dtype), ops.JSD())
 
 
 @pytest.mark.parametrize("width", [7, 49, 300, 1003, 4099])
