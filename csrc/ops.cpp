@@ -6,7 +6,7 @@ STILLHOUSE_LIBRARY(m) {
   // Instruction-set level of the CPU kernels: -1 asks, another value switches.
   m.def("_cpu_level(int level) -> int");
 
-  // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [9] on the CPU, in the
+  // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [11] on the CPU, in the
   // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row.
   m.def(
       "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "

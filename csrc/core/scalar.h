@@ -38,6 +38,8 @@ SH_INLINE Real select(bool condition, Real yes, Real no) {
 }
 SH_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 SH_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+SH_INLINE float root(float x) { return ::sqrtf(x); }
+SH_INLINE double root(double x) { return ::sqrt(x); }
 
 // 2^y, relative error 1.5e-7; 0 below -125 (also for -inf), 2^127 from there on (its bits must not
 // wrap: a caller sees an overflow by the size), NaN for NaN. y = n + f with |f| <= 1/2: adding

@@ -41,6 +41,7 @@ SH_INLINE Float16x select(Mask16x condition, Float16x yes, Float16x no) {
   return _mm512_mask_mov_ps(no.v, condition.k, yes.v);
 }
 SH_INLINE Float16x magnitude(Float16x x) { return _mm512_abs_ps(x.v); }
+SH_INLINE Float16x root(Float16x x) { return _mm512_sqrt_ps(x.v); }
 SH_INLINE Float16x mul_add(Float16x a, Float16x b, Float16x c) {
   return _mm512_fmadd_ps(a.v, b.v, c.v);
 }
@@ -59,6 +60,8 @@ SH_INLINE Float16x fast_exp2(Float16x y) {
   p = mul_add(p, f, Float16x(1.f));
   return _mm512_scalef_ps(p.v, y.v);
 }
+
+SH_INLINE Float16x fast_exp(Float16x x) { return fast_exp2(x * Float16x(float(kLog2e))); }
 
 // As the scalar one, step by step.
 SH_INLINE Float16x fast_log(Float16x x) {

@@ -40,18 +40,18 @@ void write_stats(const Problem<Real>& problem, int64_t r, RowStats<Real> row) {
 }
 
 template <class Real>
-void write_value(const Problem<Real>& problem, int64_t r, Real divergence,
+void write_value(const Problem<Real>& problem, int64_t r, double divergence,
                  const LabelTerm<Real>& label) {
   if (problem.value == nullptr) return;
-  problem.value[r] = divergence;
+  problem.value[r] = Real(problem.factor * divergence);
   if (problem.label_weight > 0)
-    problem.value[r] =
-        Real(1 - problem.label_weight) * divergence + Real(problem.label_weight) * label.value;
+    problem.value[r] = Real(1 - problem.label_weight) * problem.value[r] +
+                       Real(problem.label_weight) * label.value;
 }
 
 template <class Real>
 Real divergence_weight(const Problem<Real>& problem, int64_t r) {
-  return row_weight(problem, r) * Real(1 - problem.label_weight);
+  return row_weight(problem, r) * Real((1 - problem.label_weight) * problem.factor);
 }
 
 #include "row.h"

@@ -24,6 +24,7 @@ struct Problem {
   int64_t width;            // columns of the student
   int32_t kind;
   KindParams<Real> params;
+  double factor;          // of the divergence, in value and gradient
   const Real* weight;     // [N] or null: the gradient is weight * dD/du; weight 0 = row not read
   const bool* mask;       // [N] or null: false = row not read
   const int64_t* labels;  // [N] or null; -100 = no label

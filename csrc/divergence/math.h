@@ -4,7 +4,7 @@
 // D = sum_j d(p_j, q_j). With h_j = dD/dlq_j and H = sum_j h_j,
 //     dD/dz_j = h_j - q_j H,
 // so a divergence is two functions of one element: `term` (d) and `slope` (h, up to a multiple of
-// q_j, which cancels in h_j - q_j H). The gradient to the teacher is the student's gradient of the
+// q_j, which cancels in h_j - q_j H); and where D is a function of such a sum, `finish`. The gradient to the teacher is the student's gradient of the
 // exchanged divergence (forward KL <-> reverse KL, beta <-> 1 - beta, ...).
 //
 // Values are kept in Bregman form, every term >= 0 (sum p = sum q, so adding q - p changes nothing).
@@ -18,7 +18,7 @@
 
 namespace stillhouse {
 
-constexpr int kSeriesTerms = 5;
+constexpr int kMostTerms = 7, kCoefficients = 8;
 
 template <class Real>
 struct Element {
@@ -29,8 +29,10 @@ struct Element {
 
 template <class Real>
 struct KindParams {
-  Real a;                     // beta, alpha or the weight t of the kind
-  Real series[kSeriesTerms];  // Taylor coefficients of d / (q delta^2)
+  Real a, b;                // beta, alpha or the weight t of the kind; a second one of some
+  Real c[kCoefficients];    // what a kind makes of them once a call (series.h)
+  Real series[kMostTerms];  // Taylor coefficients of d / (mass delta^2)
+  Real near;                // |delta| below which the series takes over
 };
 
 // A number of a row where kLanes rows side by side have one each.
@@ -84,21 +86,38 @@ SH_INLINE Real times(Real mass, Real x) {
   return select(mass > Real(0), mass * x, mass);
 }
 
-// |delta| below which the series takes over: its terms leave 1e-6 (float) and 1e-15 (double) there, the
-// direct form loses 1e-5 and 1e-10 of its value.
-SH_INLINE float near_limit(float) { return 0.15f; }
-SH_INLINE double near_limit(double) { return 1e-3; }
-
-template <class Real, class Number>
+template <int kTerms, class Real, class Number>
 SH_INLINE Real near_term(const Element<Real>& e, const KindParams<Number>& k) {
-  Real c(k.series[kSeriesTerms - 1]);
-  for (int i = kSeriesTerms - 2; i >= 0; --i) c = horner(c, e.delta, Real(k.series[i]));
-  return e.q * (e.delta * e.delta) * c;
+  Real c(k.series[kTerms - 1]);
+  for (int i = kTerms - 2; i >= 0; --i) c = horner(c, e.delta, Real(k.series[i]));
+  return e.delta * e.delta * c;
 }
 
+// D and its derivative with respect to the sum of terms, for a kind that is a function of it.
+struct Finished {
+  double value, factor;
+};
+
+// What most kinds have in common.
+struct Sum {
+  static constexpr bool kSeries = true;      // terms near delta = 0 by Taylor's series ...
+  static constexpr int kTerms = 5;           // ... of so many terms: more where much cancels
+  static constexpr bool kUnitSlope = false;  // the sum of slopes is known to be -1
+  static constexpr bool kFinish = false;     // D is not the sum of terms itself, but finish() of it
+  // What the series is relative to.
+  template <class Real, class Number>
+  SH_INLINE static Real mass(const Element<Real>& e, const KindParams<Number>&) {
+    return e.q;
+  }
+  template <class Number>
+  SH_INLINE static Finished finish(double terms, double, const KindParams<Number>&) {
+    return {terms, 1};
+  }
+};
+
 // KL(p || q)
-struct ForwardKL {
-  static constexpr bool kSeries = true, kUnitSlope = true;  // sum of slopes is -1
+struct ForwardKL : Sum {
+  static constexpr bool kUnitSlope = true;  // sum of slopes is -1
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.p, e.delta) + (e.q - e.p);
@@ -110,8 +129,7 @@ struct ForwardKL {
 };
 
 // KL(q || p)
-struct ReverseKL {
-  static constexpr bool kSeries = true, kUnitSlope = false;
+struct ReverseKL : Sum {
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.q, -e.delta) + (e.p - e.q);
@@ -137,8 +155,7 @@ struct MixtureLogs {
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-struct JSD {
-  static constexpr bool kSeries = true, kUnitSlope = false;
+struct JSD : Sum {
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
     const MixtureLogs<Real> logs(e, Real(k.a));
@@ -152,8 +169,7 @@ struct JSD {
 };
 
 // KL(p || m), m = alpha p + (1 - alpha) q
-struct SkewKL {
-  static constexpr bool kSeries = true, kUnitSlope = false;
+struct SkewKL : Sum {
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
     const Real m = mul_add(Real(k.a), e.p, Real(1 - k.a) * e.q);
@@ -168,8 +184,7 @@ struct SkewKL {
 };
 
 // KL(q || m), m = (1 - alpha) p + alpha q
-struct SkewReverseKL {
-  static constexpr bool kSeries = true, kUnitSlope = false;
+struct SkewReverseKL : Sum {
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
     const Real m = mul_add(Real(k.a), e.q, Real(1 - k.a) * e.p);
@@ -183,9 +198,8 @@ struct SkewReverseKL {
   }
 };
 
-// Cross-entropy to p_t = softmax((1 - t) z + t T), the student's part detached (TAID). The kernel
-// puts p_t in the teacher's place.
-struct TAID {
+// -sum p log q
+struct SoftCrossEntropy : Sum {
   static constexpr bool kSeries = false, kUnitSlope = true;
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
@@ -197,9 +211,13 @@ struct TAID {
   }
 };
 
+// The same to p_t = softmax((1 - t) z + t T), the student's part detached. The kernel puts p_t in the
+// teacher's place.
+struct TAID : SoftCrossEntropy {};
+
 // sum |p - q| / 2
-struct TVD {
-  static constexpr bool kSeries = false, kUnitSlope = false;
+struct TVD : Sum {
+  static constexpr bool kSeries = false;
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return Real(0.5) * magnitude(e.p - e.q);
@@ -208,6 +226,137 @@ struct TVD {
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
     const Real half = Real(0.5) * e.q;
     return select(e.q > e.p, half, select(e.q < e.p, -half, e.p - e.q));
+  }
+};
+
+// (1 - a) KL(p || q) + a KL(q || p)
+struct SymmetricKL : Sum {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return mul_add(Real(1 - k.a), ForwardKL::term(e, k), Real(k.a) * ReverseKL::term(e, k));
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return mul_add(Real(1 - k.a), e.q - e.p, Real(k.a) * times(e.q, -e.delta));
+  }
+};
+
+// sum (sqrt p - sqrt q)^2
+struct Hellinger : Sum {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
+    const Real gap = root(e.p) - root(e.q);
+    return gap * gap;
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
+    return root(e.q) * (root(e.q) - root(e.p));
+  }
+};
+
+// sum (p - q)^2 / q; infinite where q is 0 and p is not
+struct Chi2 : Sum {
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
+    const Real gap = e.p - e.q;
+    return select(magnitude(gap) > Real(0), gap * (gap / e.q), gap);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
+    const Real gap = e.q - e.p;
+    return select(magnitude(gap) > Real(0), gap * ((e.q + e.p) / e.q), gap);
+  }
+};
+
+// -log sum min(p, q), the acceptance rate of speculative sampling
+struct LogAcceptance : Sum {
+  static constexpr bool kSeries = false, kFinish = true;
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
+    return select(e.q < e.p, e.q, e.p + (e.q - e.q));
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
+    return select(e.q < e.p, e.q, e.p - e.p);
+  }
+  template <class Number>
+  SH_INLINE static Finished finish(double terms, double, const KindParams<Number>&) {
+    const double acceptance = terms > 1 ? 1 : terms;
+    return {-::log(acceptance), -1 / acceptance};
+  }
+};
+
+// Above this an exponential is infinite.
+SH_INLINE float overflow_limit(float) { return 88; }
+SH_INLINE double overflow_limit(double) { return 709; }
+
+// exp(a lp + b lq); a column that is -inf on both sides is left out whatever the exponents.
+template <class Real, class Number>
+SH_INLINE Real power_product(const Element<Real>& e, Number a, Number b) {
+  const Real of_p = a == 0 ? Real(0) : Real(a) * e.lp, of_q = b == 0 ? Real(0) : Real(b) * e.lq;
+  const Real x = of_p + of_q;
+  if (a >= 0 && b >= 0 && a + b > 0) return fast_exp(x);  // a power of a probability is at most 1
+  const Real power = select(x > Real(overflow_limit(a)), Real(INFINITY), fast_exp(x));
+  return select(larger(e.lq, e.lp) > Real(-INFINITY), power, e.q + e.p);
+}
+
+// -1 / (a b) sum [p^a q^b - a / s p^s - b / s q^s], s = a + b, and its limits: whatever a and b are, a
+// term is a combination of the powers, of powers times delta, and of delta^2.
+struct AlphaBeta : Sum {
+  static constexpr int kTerms = kMostTerms;
+  enum { kA, kP, kQ, kPDelta, kQDelta, kDelta2, kSlopeOfPowers, kSlopeOfDelta };
+  template <class Real, class Number>
+  SH_INLINE static Real mass(const Element<Real>& e, const KindParams<Number>& k) {
+    return power_product(e, Number(0), k.a + k.b);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    const Number s = k.a + k.b;
+    const Real P = power_product(e, s, Number(0)), Q = power_product(e, Number(0), s);
+    Real d = Real(k.c[kP]) * P + Real(k.c[kQ]) * Q;
+    if (k.c[kPDelta] != 0) d = d + Real(k.c[kPDelta]) * times(P, e.delta);
+    if (k.c[kQDelta] != 0) d = d + Real(k.c[kQDelta]) * times(Q, e.delta);
+    if (k.c[kDelta2] != 0) d = d + Real(k.c[kDelta2]) * times(Q, e.delta * e.delta);
+    if (k.c[kA] != 0) {  // where it is infinite, so is the divergence
+      const Real A = power_product(e, k.a, k.b);
+      d = select(A < Real(INFINITY), d + Real(k.c[kA]) * A, A);
+    }
+    return d;
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real Q = power_product(e, Number(0), k.a + k.b);
+    if (k.c[kSlopeOfPowers] == 0) return Real(k.c[kSlopeOfDelta]) * times(Q, e.delta);
+    return Real(k.c[kSlopeOfPowers]) * (Q - power_product(e, k.a, k.b));
+  }
+};
+
+// [sum p^a q^(1 - a) - 1] / (a (a - 1)): AlphaBeta(a, 1 - a), whose other powers are p and q
+struct Amari : Sum {
+  static constexpr int kTerms = kMostTerms;
+  enum { kA, kP, kQ };
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return mul_add(Real(k.c[kA]), power_product(e, k.a, k.b),
+                   mul_add(Real(k.c[kP]), e.p, Real(k.c[kQ]) * e.q));
+  }
+  // Without the multiple of q, so that the sum of slopes holds sum p^a q^(1 - a) to the last place.
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(-k.c[kQ]) * power_product(e, k.a, k.b);
+  }
+};
+
+// log sum p^a q^(1 - a) / (a - 1)
+struct Renyi : Amari {
+  static constexpr bool kFinish = true;
+  template <class Number>
+  SH_INLINE static Finished finish(double terms, double slopes, const KindParams<Number>& k) {
+    const double a = k.a, change = a * (a - 1) * terms, power = -a * slopes;
+    // Far from 1 the power sum itself is the better one.
+    const bool near = change > -0.5 && change < 1;
+    const double log_power = near ? ::log1p(change) : ::log(power);
+    return {log_power / (a - 1), a / (near ? 1 + change : power)};
   }
 };
 
@@ -220,7 +369,15 @@ struct TVD {
   X(4, SkewKL)                 \
   X(5, SkewReverseKL)          \
   X(6, TAID)                   \
-  X(7, TVD)
+  X(7, TVD)                    \
+  X(8, SoftCrossEntropy)       \
+  X(9, SymmetricKL)            \
+  X(10, Hellinger)             \
+  X(11, Chi2)                  \
+  X(12, LogAcceptance)         \
+  X(13, AlphaBeta)             \
+  X(14, Amari)                 \
+  X(15, Renyi)
 
 constexpr int kCrossEntropy = 0, kTAID = 6;
 
@@ -228,7 +385,8 @@ template <class Kind, class Real, class Number>
 SH_INLINE Real kind_term(const Element<Real>& e, const KindParams<Number>& k) {
   const Real far = Kind::term(e, k);
   if constexpr (Kind::kSeries)
-    return select(magnitude(e.delta) < Real(near_limit(k.a)), near_term(e, k), far);
+    return select(magnitude(e.delta) < Real(k.near),
+                  Kind::mass(e, k) * near_term<Kind::kTerms>(e, k), far);
   return far;
 }
 

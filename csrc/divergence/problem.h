@@ -28,6 +28,8 @@ enum Number {
   kLabelWeight,
   kLabelSmoothing,
   kParameter,
+  kSecondParameter,
+  kFactor,
   kNumbers
 };
 
@@ -105,7 +107,8 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
   STD_TORCH_CHECK(a.kind == kCrossEntropy ? a.labels.has_value() : a.teacher.has_value(),
                   "a divergence needs a teacher, cross-entropy needs labels");
   p.kind = int32_t(a.kind);
-  set_series(p.kind, numbers[kParameter], p.params);
+  set_params(p.kind, numbers[kParameter], numbers[kSecondParameter], p.params);
+  p.factor = numbers[kFactor];
   p.label_weight = a.kind == kCrossEntropy ? 1 : numbers[kLabelWeight];
   p.label_smoothing = numbers[kLabelSmoothing];
   p.label_temperature = a.kind == kCrossEntropy ? p.student.temperature : 1;

@@ -13,7 +13,7 @@
 namespace stillhouse {
 
 // Cross-entropy to labels: no teacher, the label's part alone.
-struct LabelsOnly {
+struct LabelsOnly : Sum {
   static constexpr bool kUnitSlope = true;
 };
 template <class Kind>
@@ -209,7 +209,7 @@ struct DeviceRow {
     }
 
     const Real of_row = row_weight(problem, r);
-    weight = of_row * Real(1 - problem.label_weight) * student.gain;
+    weight = of_row * Real((1 - problem.label_weight) * problem.factor) * student.gain;
     if (!kPlain && labelled) {
       Real parts[3] = {x_label, finite_sum, finite};
       T::reduce(parts, Add());
@@ -318,6 +318,11 @@ struct DeviceRow {
     for (int i = 0; i < kSums; ++i) sums[i] = double(part[i]);
     T::reduce(sums, Add());
 
+    if constexpr (Kind::kFinish) {
+      const Finished finished = Kind::finish(sums[kValue], sums[kSlope], params);
+      sums[kValue] = finished.value;
+      weight *= Real(finished.factor);
+    }
     if constexpr (!Kind::kUnitSlope) {
       if (!with_gradient) return;
       const Real H = Real(sums[kSlope]);
@@ -356,7 +361,7 @@ struct DeviceRow {
   __device__ void write() const {
     if (T::rank() != 0) return;
     if (problem.value != nullptr) {
-      Real value = Real(sums[kValue]);
+      Real value = Real(problem.factor * sums[kValue]);
       if (!kHasTeacher<Kind>) {
         value = label_value;
       } else if (problem.label_weight > 0) {

@@ -47,6 +47,11 @@ struct DivergenceRow {
       touch.at += touch.step * (padded(student.columns(start)) / kLanes);
     }
     touch.step = 0;
+    if constexpr (Kind::kFinish) {
+      const Finished finished = Kind::finish(sums.value, sums.slope, problem.params);
+      sums.value = finished.value;
+      weight *= Real(finished.factor);
+    }
     if (Kind::kUnitSlope || gradient == nullptr) return;
     for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
   }
@@ -107,7 +112,7 @@ struct DivergenceRow {
       sums.student_entropy += fold_sum(s.student_entropy);
       sums.teacher_entropy += fold_sum(s.teacher_entropy);
     }
-    if (gradient == nullptr) {
+    if (gradient == nullptr && !Kind::kFinish) {
       sums.value += fold_sum(block_value<Kind>(b, problem.params, touch));
     } else if constexpr (Kind::kUnitSlope) {
       const Uniform<Real> scale(weight);
@@ -173,7 +178,7 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
       problem.stats != nullptr && first_argmax(row.student) == first_argmax(row.teacher);
   row.run();
   const Sums& sums = row.sums;
-  write_value(problem, r, Real(sums.value), row.label);
+  write_value(problem, r, sums.value, row.label);
   if (problem.stats != nullptr)
     write_stats<Real>(
         problem, r,

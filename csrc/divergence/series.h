@@ -1,13 +1,15 @@
-// Taylor coefficients of each kind's term around delta = 0, computed once a call in double.
+// What a kind makes of its parameters once a call, in double: the Taylor coefficients of its term around
+// delta = 0, and coefficients of its own.
 // With E = e^delta and r_b = log(1 + b (E - 1)) = log(m / q), every kind is a short expression.
 #pragma once
 #include <array>
+#include <cmath>
 
 #include "math.h"
 
 namespace stillhouse {
 
-constexpr int kOrder = kSeriesTerms + 2;  // d starts at delta^2
+constexpr int kOrder = kMostTerms + 3;  // d starts at delta^2; one more for the remainder
 using Series = std::array<double, kOrder>;
 
 inline Series multiply(const Series& x, const Series& y) {
@@ -23,12 +25,13 @@ inline Series combine(double a, const Series& x, double b, const Series& y) {
   return z;
 }
 
-inline Series exp_series() {
+// e^(a delta)
+inline Series exp_series(double a = 1) {
   Series e{};
-  double factorial = 1;
+  double coefficient = 1;
   for (int i = 0; i < kOrder; ++i) {
-    e[i] = 1 / factorial;
-    factorial *= i + 1;
+    e[i] = coefficient;
+    coefficient *= a / (i + 1);
   }
   return e;
 }
@@ -45,20 +48,42 @@ inline Series log_mixture_series(double b) {
   return r;
 }
 
-// Fills params.series for a kind with kSeries; the others leave it at zero.
+// Of AlphaBeta, in the order of its enum.
+inline std::array<double, kCoefficients> alpha_beta(double a, double b) {
+  const double s = a + b;
+  if (a == 0 && b == 0) return {0, 0, 0, 0, 0, 0.5, 0, -1};
+  if (a == 0) return {0, 1 / (b * b), -1 / (b * b), 0, -1 / b, 0, 0, -1};
+  if (b == 0) return {0, -1 / (a * a), 1 / (a * a), 1 / a, 0, 0, 1 / a, 0};
+  if (s == 0) return {1 / (a * a), 0, -1 / (a * a), 0, -1 / a, 0, 1 / a, 0};
+  return {-1 / (a * b), 1 / (b * s), 1 / (a * s), 0, 0, 0, 1 / a, 0};
+}
+
+// |delta| at which the first term that is left out is `share` of the first that is not. Beyond it the
+// direct form has lost a few digits to cancellation, not all.
+inline double near_limit(const Series& d, int terms, double share) {
+  const double first = std::abs(d[2]), left_out = std::abs(d[terms + 2]);
+  if (!(left_out > share * first)) return 1;
+  return std::fmin(1, std::pow(share * first / left_out, 1.0 / terms));
+}
+
+// Fills params for kinds by their number; a series stays zero for those without.
 template <class Real>
-void set_series(int kind, double a, KindParams<Real>& params) {
+void set_params(int kind, double a, double b, KindParams<Real>& params) {
   Series one{}, delta{}, d{};
   one[0] = 1;
   delta[1] = 1;
   const Series e = exp_series();
   const Series growth = combine(1, e, -1, one);  // E - 1
+  const auto forward = [&] { return combine(1, multiply(e, delta), -1, growth); };
+  const auto reverse = [&] { return combine(1, growth, -1, delta); };
+  std::array<double, kCoefficients> c{};
+  int terms = Sum::kTerms;
   switch (kind) {
     case 1:  // p delta - p + q
-      d = combine(1, multiply(e, delta), -1, growth);
+      d = forward();
       break;
     case 2:  // -q delta - q + p
-      d = combine(1, growth, -1, delta);
+      d = reverse();
       break;
     case 3: {  // a p (delta - r) - (1 - a) q r
       const Series r = log_mixture_series(a);
@@ -73,11 +98,40 @@ void set_series(int kind, double a, KindParams<Real>& params) {
     case 5:  // -q r - q + m
       d = combine(1 - a, growth, -1, log_mixture_series(1 - a));
       break;
+    case 9:
+      d = combine(1 - a, forward(), a, reverse());
+      break;
+    case 10: {  // q (E^(1/2) - 1)^2
+      const Series half = combine(1, exp_series(0.5), -1, one);
+      d = multiply(half, half);
+      break;
+    }
+    case 11:  // q (E - 1)^2
+      d = multiply(growth, growth);
+      break;
+    case 14:
+    case 15:
+      b = 1 - a;
+      [[fallthrough]];
+    case 13: {  // q^s times what stands in AlphaBeta::term, with P / Q = E^s
+      c = alpha_beta(a, b);
+      terms = kMostTerms;
+      const Series P = exp_series(a + b);
+      d = combine(c[0], exp_series(a), c[1], P);
+      d = combine(1, d, c[2], one);
+      d = combine(1, d, c[3], multiply(P, delta));
+      d = combine(1, d, c[4], delta);
+      d = combine(1, d, c[5], multiply(delta, delta));
+      break;
+    }
     default:
       break;
   }
   params.a = Real(a);
-  for (int i = 0; i < kSeriesTerms; ++i) params.series[i] = Real(d[i + 2]);
+  params.b = Real(b);
+  for (int i = 0; i < kCoefficients; ++i) params.c[i] = Real(c[i]);
+  for (int i = 0; i < kMostTerms; ++i) params.series[i] = Real(d[i + 2]);
+  params.near = Real(near_limit(d, terms, sizeof(Real) == 4 ? 1e-6 : 1e-15));
 }
 
 }  // namespace stillhouse

@@ -182,7 +182,6 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
        minus_two_part<Real>(student.lse), minus_two_part<Real>(teacher.lse),
        to_lanes(student.factor), to_lanes(teacher.factor)}};
   const bool with_gradient = problem.gradient.data != nullptr;
-  const Lanes<Real> scale = to_lanes(weight);
   Real* g = whole.q;  // the gradient takes the place of q
   Prefetch touch = with_gradient ? memory_of(problem.gradient, r[0]) : Prefetch::none(student.tile);
   RowSums value = {}, slope = {};
@@ -201,10 +200,10 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
       add_lanes(s.student_entropy, student_entropy);
       add_lanes(s.teacher_entropy, teacher_entropy);
     }
-    if (!with_gradient) {
+    if (!with_gradient && !Kind::kFinish) {
       add_lanes(block_value<Kind>(b, problem.params, touch), value);
     } else if constexpr (Kind::kUnitSlope) {
-      add_lanes(block_gradient<Kind>(b, problem.params, scale, g + at, touch), value);
+      add_lanes(block_gradient<Kind>(b, problem.params, to_lanes(weight), g + at, touch), value);
     } else {
       const Slopes<Real> s = block_slopes<Kind>(b, problem.params, touch);
       add_lanes(s.value, value);
@@ -212,10 +211,17 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     }
     touch.at += touch.step * kColumns;
   }
+  if (Kind::kFinish) {
+    for (int i = 0; i < kLanes; ++i) {
+      const Finished finished = Kind::finish(value[i], slope[i], problem.params);
+      value[i] = finished.value;
+      weight[i] *= Real(finished.factor);
+    }
+  }
   if (with_gradient && !Kind::kUnitSlope) {
     Real H[kLanes];
     for (int i = 0; i < kLanes; ++i) H[i] = Real(slope[i]);
-    block_combine(whole.n, whole.q, whole.p, to_lanes(H), scale, g);
+    block_combine(whole.n, whole.q, whole.p, to_lanes(H), to_lanes(weight), g);
   }
 
   if (problem.stats != nullptr) {
@@ -234,7 +240,7 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
   for (int i = 0; i < kLanes && with_gradient; ++i) gradient[i] = row_of(problem.gradient, r[i]);
   const bool plain = student.first.cap == 0 && !has_labels(problem);
   if (plain) {
-    for (int i = 0; i < count; ++i) write_value(problem, r[i], Real(value[i]), {});
+    for (int i = 0; i < count; ++i) write_value(problem, r[i], value[i], {});
     if (!with_gradient) return;
     if (problem.gradient.dtype == DtypeOf<Real>::value)
       return deinterleave<Real>(n, g, gradient, count);
@@ -251,7 +257,7 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     normaliser.shift = student.shift[i];
     normaliser.factor = student.factor[i];
     const LabelTerm<Real> label(problem, r[i], source, normaliser, w);
-    write_value(problem, r[i], Real(value[i]), label);
+    write_value(problem, r[i], value[i], label);
     if (with_gradient)
       finish_gradient(source, label, 0, plain ? nullptr : source.load(0),
                       reinterpret_cast<Real*>(rows[i]), problem.gradient.dtype, gradient[i]);

@@ -26,7 +26,8 @@ int main(int argc, char** argv) {
   problem.teacher = {as_rows(logits.data() + rows * columns), 1, 0, 1};
   problem.vocab = problem.width = columns;
   problem.kind = kind;
-  set_series(kind, std::atof(argv[2]), problem.params);
+  set_params(kind, std::atof(argv[2]), 0, problem.params);
+  problem.factor = 1;
   problem.rows = rows;
   problem.resident_limit = 1 << 18;
   problem.short_limit = STILLHOUSE_ISA::divergence_kernels.short_limit;

@@ -5,7 +5,7 @@ import torch
 
 from stillhouse import ops
 
-NUMBERS = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5], dtype=torch.float64)
+NUMBERS = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5, 0, 1], dtype=torch.float64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 

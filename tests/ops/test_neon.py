@@ -50,7 +50,7 @@ def test_neon(driver, tmp_path, kind, columns):
     logits = torch.randn(2, rows, columns) * 3
     logits[:, :, 2] = -torch.inf
     logits.numpy().tofile(tmp_path / "logits.bin")
-    arguments = [kind.number, kind.parameter, rows, columns]
+    arguments = [kind.number, kind.parameters[0], rows, columns]
     command = [EMULATOR, driver, *map(str, arguments), "logits.bin", "result.bin"]
     subprocess.run(command, check=True, cwd=tmp_path)
     result = torch.from_numpy(np.fromfile(tmp_path / "result.bin", dtype=np.float32)).double()

@@ -22,7 +22,22 @@ KINDS = [
     ops.TAID(0.0),
     ops.TAID(0.4),
     ops.TAID(1.0),
+    ops.JSD(0.2, normalize=True),
+    ops.SoftCrossEntropy(),
+    ops.SymmetricKL(0.3),
+    ops.Hellinger(),
+    ops.Chi2(),
+    ops.LogAcceptance(),
+    ops.AlphaBeta(),
+    ops.AlphaBeta(0.0, 0.6),
+    ops.AlphaBeta(0.6, 0.0),
+    ops.AlphaBeta(0.4, -0.4),
+    ops.AlphaBeta(0.0, 0.0),
+    ops.Amari(0.3),
+    ops.Renyi(0.5),
+    ops.Renyi(1.5),
 ]
+POWERS = (ops.AlphaBeta, ops.Amari, ops.Renyi, ops.Chi2)
 WIDTHS = [1, 2, 7, 31, 49, 123, 252, 507, 1000, 2048, 2049, 5003]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GRADIENT_ROUNDING = {
@@ -112,6 +127,11 @@ def compare(student, teacher, kind, mask=None, **arguments):
     rounding = GRADIENT_ROUNDING[student.dtype] * (3 if ops.cpu_level() == 0 else 1)
     assert gradient.dtype == student.dtype
     assert gradient.shape == student.shape
+    if isinstance(kind, POWERS):  # an exponent of 20 has three times the rounding of one of 7
+        rounding *= 3
+    if largest > torch.finfo(student.dtype).max:
+        assert gradient.isinf().any()
+        return
     error = (gradient.double() - expected_gradient).abs().amax().item()
     # Where q - p cancels: 2.5 last places of a probability of 1, and float16's own last place.
     absolute = 3e-7 * upstream.max().item() + (6e-8 if student.dtype == torch.float16 else 0)
@@ -170,6 +190,7 @@ def test_masked_columns(kind, dtype, level, path):
     student, teacher = logits(2, 5003, dtype), logits(2, 5003, dtype)
     hidden = (torch.rand(5003) < 0.3).to(_device)
     hidden[:2100] = True
+    hidden[[4000, 4100, 4500]] = False
     student[:, hidden], teacher[:, hidden] = -torch.inf, -torch.inf
     student[:, 4000] += 60
     teacher[:, 4500] += 60
@@ -177,9 +198,12 @@ def test_masked_columns(kind, dtype, level, path):
     # Beyond what float32 can hold relative to the first block: e^200.
     student[:, 4100], teacher[:, 4100] = 200, 200
     teacher[:, 4500] = 203
-    compare(student, teacher, kind)
-    # Far below zero, after a block of -inf alone.
-    compare(student - 500, teacher - 500, kind)
+    if isinstance(kind, ops.Chi2 | ops.Renyi) and kind != ops.Renyi(0.5) and dtype.itemsize < 8:
+        assert ops.divergence(student, teacher, kind).eq(torch.inf).all()  # e^100 and more
+    else:
+        compare(student, teacher, kind)
+        # Far below zero, after a block of -inf alone.
+        compare(student - 500, teacher - 500, kind)
     short_student, short_teacher = logits(40, 49, dtype), logits(40, 49, dtype)
     short_student[:, 5:20], short_teacher[:, 5:20] = -torch.inf, -torch.inf
     short_student[3, 30], short_teacher[4, 31] = 40, 40
@@ -213,7 +237,7 @@ def test_masked_rows_are_not_read(kind, dtype, level):
         assert value[~mask].eq(0).all()
         assert torch.stack(stats)[:, ~mask].eq(0).all()
         assert student.grad[~mask].eq(0).all()
-        assert student.grad.isfinite().all()
+    assert not student.grad.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -293,7 +317,7 @@ def test_guarded_rows(dtype, width, level):
     assert leaf.grad[0, :, :width].isfinite().all()
     inside = wide.clone()
     with torch.no_grad():
-        numbers = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0.5], dtype=torch.float64)
+        numbers = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0.5, 0, 1], dtype=torch.float64)
         double = dtype == torch.float64
         weight = torch.ones(3, dtype=torch.float64 if double else torch.float32, device=_device)
         divergence_autograd._kernels.divergence_loss_(

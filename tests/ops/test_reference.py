@@ -34,6 +34,11 @@ def jsd(p, q, beta=0.5):
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
+def alpha_beta(p, q, a, b):
+    s = a + b
+    return -(p**a * q**b - a / s * p**s - b / s * q**s).sum(-1) / (a * b)
+
+
 def taid(z, t, weight, temperature=1.0):
     mixed = (1 - weight) * z.detach().double() + weight * t.double()
     log_q = torch.log_softmax(z.double() / temperature, -1)
@@ -48,7 +53,17 @@ DEFINITIONS = {
     "skew_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
     "skew_reverse_kl": lambda p, q: kl(q, 0.9 * p + 0.1 * q),
     "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
+    "soft_cross_entropy": lambda p, q: -(p * q.log()).sum(-1),
+    "symmetric_kl": lambda p, q: (kl(p, q) + kl(q, p)) / 2,
+    "hellinger": lambda p, q: (p.sqrt() - q.sqrt()).square().sum(-1),
+    "chi2": lambda p, q: (p**2 / q).sum(-1) - 1,
+    "log_acceptance": lambda p, q: -torch.minimum(p, q).sum(-1).log(),
+    "alpha_beta": lambda p, q: alpha_beta(p, q, 0.2, 0.7),
+    "amari": lambda p, q: ((p * q).sqrt().sum(-1) - 1) / -0.25,
+    "renyi": lambda p, q: (p * q).sqrt().sum(-1).log() / -0.5,
 }
+# No gradient to the teacher.
+STUDENT_ONLY = ("soft_cross_entropy", "chi2", "renyi")
 
 P = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
 Q = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
@@ -63,6 +78,14 @@ HAND = [
     (ops.SkewReverseKL(0.1), 0.138455),
     (ops.TVD(), 0.25),
     (ops.TAID(0.4), 1.112356),
+    (ops.SymmetricKL(0.3), 0.173287),
+    (ops.Hellinger(), 0.085786),
+    (ops.Chi2(), 0.375),
+    (ops.LogAcceptance(), 0.287682),
+    (ops.AlphaBeta(0.2, 0.7), 0.190485),
+    (ops.Amari(0.5), 0.171573),
+    (ops.Renyi(0.5), 0.087681),
+    (ops.Renyi(2.0), 0.318454),
 ]
 
 
@@ -136,7 +159,7 @@ def test_taid_at_zero_has_no_gradient_at_all():
     assert z.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("name", [n for n in DEFINITIONS if n != "tvd"])
+@pytest.mark.parametrize("name", [n for n in DEFINITIONS if n not in STUDENT_ONLY])
 def test_teacher_gradient_by_the_definition(name):
     z = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
     t = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
@@ -165,13 +188,98 @@ def test_teacher_gradient_of_a_skewed_jsd_and_of_a_padded_teacher():
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [*(k for k, _ in HAND if not isinstance(k, ops.TAID))], ids=repr)
-def test_gradients_by_finite_differences(kind):
-    z = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
-    t = (torch.randn(3, 17, dtype=torch.float64) * 2).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z, t: ops.divergence(z, t, kind, temperature=2.5), (z, t)
-    )
+LIMITS = [(1.0, 0.0), (0.0, 1.0), (0.0, 0.6), (0.6, 0.0), (0.4, -0.4), (0.0, 0.0), (1.0, 1.0)]
+
+
+@pytest.mark.parametrize("at", LIMITS, ids=str)
+def test_limits_of_alpha_beta_are_continuous(at):
+    """What stands at exactly zero is what the general formula tends to on both sides of it."""
+    z = torch.randn(4, 29, dtype=torch.float64).requires_grad_()
+    t = torch.randn(4, 29, dtype=torch.float64)
+    upstream = torch.rand(4, dtype=torch.float64)
+    got = ops.divergence(z, t, ops.AlphaBeta(*at))
+    (gradient,) = torch.autograd.grad(got, z, upstream)
+    h = 1e-5
+    near = [
+        alpha_beta(t.softmax(-1), z.softmax(-1), at[0] + s * h, at[1] + 2 * s * h) for s in (-1, 1)
+    ]
+    between = (near[0] + near[1]) / 2  # an error of h^2
+    (expected,) = torch.autograd.grad(between, z, upstream)
+    torch.testing.assert_close(got, between, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_members_of_alpha_beta():
+    z, t = torch.randn(4, 29, dtype=torch.float64), torch.randn(4, 29, dtype=torch.float64)
+    p, q = t.softmax(-1), z.softmax(-1)
+    squared = (p - q).square().sum(-1) / 2
+    logs = (p.log() - q.log()).square().sum(-1) / 2
+    for parameters, expected in (
+        ((1.0, 0.0), kl(p, q)),
+        ((0.0, 1.0), kl(q, p)),
+        ((1.0, 1.0), squared),
+        ((0.0, 0.0), logs),
+        ((0.3, 0.7), ops.divergence(z, t, ops.Amari(0.3))),
+    ):
+        got = ops.divergence(z, t, ops.AlphaBeta(*parameters))
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_taid_has_the_gradient_of_renyi():
+    z = torch.randn(4, 301, dtype=torch.float64).requires_grad_()
+    t = torch.randn(4, 301, dtype=torch.float64)
+    (a,) = torch.autograd.grad(ops.divergence(z, t, ops.TAID(0.4)).sum(), z)
+    (b,) = torch.autograd.grad(ops.divergence(z, t, ops.Renyi(0.4)).sum(), z)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+
+
+def test_normalised_jsd():
+    z, t = torch.randn(3, 99, dtype=torch.float64), torch.randn(3, 99, dtype=torch.float64)
+    for beta, smaller in ((0.2, 0.2), (0.7, 0.3)):
+        torch.testing.assert_close(
+            ops.divergence(z, t, ops.JSD(beta, normalize=True)),
+            ops.divergence(z, t, ops.JSD(beta)) / smaller,
+        )
+
+
+def differentiable(kind, side):
+    try:
+        kind.exchange(0.5, 0.5)
+    except ValueError:
+        return side == "student"
+    return True
+
+
+EVERY = [
+    *(k for k, _ in HAND if not isinstance(k, ops.TAID)),
+    ops.SoftCrossEntropy(),
+    ops.JSD(0.3, normalize=True),
+    *(ops.AlphaBeta(*at) for at in LIMITS),
+]
+
+
+@pytest.mark.parametrize("at", ["random", "masked", "near", "large"])
+@pytest.mark.parametrize("kind", EVERY, ids=repr)
+def test_gradients_by_finite_differences(kind, at):
+    """At random logits, with a column of -inf on both sides, near p = q, at logits of +-80."""
+    z = torch.randn(3, 17, dtype=torch.float64) * 2
+    t = torch.randn(3, 17, dtype=torch.float64) * 2
+    if at == "masked":
+        z[:, 5] = t[:, 5] = -torch.inf
+    if at == "near":
+        t = z + 1e-2 * torch.randn_like(z)
+    if at == "large":
+        z[:, 3], t[:, 3], z[:, 4], t[:, 4] = 80, 78, -80, -81
+    finite = z[0] > -torch.inf
+    inputs = [z[:, finite], t[:, finite].requires_grad_(differentiable(kind, "teacher"))]
+    inputs[0].requires_grad_()
+
+    def function(z, t):
+        whole = [torch.full((3, 17), -torch.inf, dtype=torch.float64) for _ in range(2)]
+        filled = [w.masked_scatter(finite, x) for w, x in zip(whole, (z, t), strict=True)]
+        return ops.divergence(*filled, kind, temperature=2.5)
+
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-5, atol=1e-6, rtol=1e-6)
 
 
 def test_softcap_and_scale_gradients_by_finite_differences():

@@ -104,7 +104,7 @@ def divergence(
     if mask is not None:
         check_rows("mask", mask, student_logits, torch.bool)
     if teacher_logits is not None and teacher_logits.requires_grad:
-        call.kind.exchanged()  # raises for a kind without a gradient to the teacher
+        call.kind.exchange(0.5, 0.5)  # raises for a kind without a gradient to the teacher
     value, stats = divergence_rows(call, mask, return_stats)
     return (value, _unpack_stats(stats)) if return_stats else value
 

@@ -130,7 +130,8 @@ def check_call(
         teacher_cap,
         label_weight,
         kind.label_smoothing if isinstance(kind, CrossEntropy) else 0.0,
-        0.0 if isinstance(kind, CrossEntropy) else kind.parameter,
+        *((0.0, 0.0) if isinstance(kind, CrossEntropy) else kind.parameters),
+        kind.factor,
     ]
     vocab = -1 if vocab_size is None else vocab_size
     return Call(student, teacher, kind, _pack(numbers), labels, vocab, result)

@@ -1,13 +1,12 @@
 """The registered ops of the divergence kernel: their shapes for the compiler, their derivatives.
 
 All ride on one kernel (csrc/divergence). Its arguments that may change during training travel in
-`numbers`, a float64 [9] tensor, so that nothing recompiles.
+`numbers`, a float64 [11] tensor, so that nothing recompiles.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -124,10 +123,8 @@ _BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 
 def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
     """Kind number and `numbers` of the divergence whose student is this one's teacher."""
-    kind = _BY_NUMBER[number]
-    exchanged = (kind(numbers[8]) if fields(kind) else kind()).exchanged()
-    parameter = torch.as_tensor(exchanged.parameter, dtype=numbers.dtype).reshape(1)
-    return exchanged.number, torch.cat([numbers[_SIDES], parameter])
+    kind, *parameters = _BY_NUMBER[number].exchange(numbers[8], numbers[9])
+    return kind.number, torch.cat([numbers[_SIDES], torch.stack(parameters), numbers[10:]])
 
 
 def _backward(ctx, upstream, _):

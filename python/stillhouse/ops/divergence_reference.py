@@ -14,7 +14,7 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     without a kernel. Materialises [..., V] tensors."""
     number = call.numbers.to(call.student.device, call.result).unbind()
     temperature, teacher_temperature, scale, teacher_scale, cap, teacher_cap = number[:6]
-    label_weight, smoothing, a = number[6:]
+    label_weight, smoothing, a, b, factor = number[6:]
     vocab = call.student.shape[-1] if call.vocab < 0 else call.vocab
 
     def logits(x: Tensor, scale: Tensor, cap: Tensor) -> Tensor:
@@ -31,7 +31,10 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
         if isinstance(call.kind, TAID):
             target = _mix(a, target, z.detach() / temperature)
         lp = torch.log_softmax(target, -1)
-        value = (1 - label_weight) * _REFERENCE[call.kind.number](lq, lp, a).sum(-1)
+        value = _REFERENCE[call.kind.number](lq, lp, a, b).sum(-1)
+        if call.kind.number in _FINISH:
+            value = _FINISH[call.kind.number](value, a)
+        value = (1 - label_weight) * factor * value
         if want_stats:
             stats = _reference_stats(lq, lp, z / temperature, target)
     if call.labels is not None:
@@ -76,18 +79,52 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(shown, torch.where(shown, x, 0) - torch.where(shown, y, 0), 0)
 
 
-_REFERENCE = {  # kind number -> (lq, lp, parameter) -> summands [..., V]
-    1: lambda lq, lp, a: _times(lp, _minus(lp, lq)),
-    2: lambda lq, lp, a: _times(lq, _minus(lq, lp)),
-    3: lambda lq, lp, a: (
+def _power(lp: Tensor, lq: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
+    """p^a q^b, 0 where both sides have no mass."""
+    shown = (lp > -torch.inf) | (lq > -torch.inf)
+
+    def times_log(c, x):  # with 0 * -inf = 0
+        return c * torch.where(shown, x, 0) if c != 0 else 0 * x.detach().clamp(min=0)
+
+    return torch.where(shown, (times_log(a, lp) + times_log(b, lq)).exp(), 0)
+
+
+def _alpha_beta(lq: Tensor, lp: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = a + b
+    P, Q, gap = _power(lp, lq, s, 0), _power(lp, lq, 0, s), _minus(lq, lp)
+    if a == 0 and b == 0:
+        return Q * gap**2 / 2
+    if a == 0:
+        return (b * Q * gap - Q + P) / b**2
+    if b == 0:
+        return (-a * P * gap - P + Q) / a**2
+    if s == 0:
+        return (a * Q * gap + _power(lp, lq, a, b) - Q) / a**2
+    return -(_power(lp, lq, a, b) - a / s * P - b / s * Q) / (a * b)
+
+
+_REFERENCE = {  # kind number -> (lq, lp, two parameters) -> summands [..., V]
+    1: lambda lq, lp, a, b: _times(lp, _minus(lp, lq)),
+    2: lambda lq, lp, a, b: _times(lq, _minus(lq, lp)),
+    3: lambda lq, lp, a, b: (
         a * _times(lp, _minus(lp, _log_mixture(a, lp, lq)))
         + (1 - a) * _times(lq, _minus(lq, _log_mixture(a, lp, lq)))
     ),
-    4: lambda lq, lp, a: _times(lp, _minus(lp, _log_mixture(a, lp, lq))),
-    5: lambda lq, lp, a: _times(lq, _minus(lq, _log_mixture(1 - a, lp, lq))),
-    6: lambda lq, lp, a: -_times(lp, lq),
-    7: lambda lq, lp, a: (lp.exp() - lq.exp()).abs() / 2,
+    4: lambda lq, lp, a, b: _times(lp, _minus(lp, _log_mixture(a, lp, lq))),
+    5: lambda lq, lp, a, b: _times(lq, _minus(lq, _log_mixture(1 - a, lp, lq))),
+    6: lambda lq, lp, a, b: -_times(lp, lq),
+    7: lambda lq, lp, a, b: (lp.exp() - lq.exp()).abs() / 2,
+    8: lambda lq, lp, a, b: -_times(lp, lq),
+    9: lambda lq, lp, a, b: (1 - a) * _times(lp, _minus(lp, lq)) + a * _times(lq, _minus(lq, lp)),
+    10: lambda lq, lp, a, b: (_power(lp, lq, 0.5, 0) - _power(lp, lq, 0, 0.5)) ** 2,
+    11: lambda lq, lp, a, b: _power(lp, lq, 2, -1) - lq.exp(),
+    12: lambda lq, lp, a, b: torch.minimum(lp.exp(), lq.exp()),
+    13: lambda lq, lp, a, b: _alpha_beta(lq, lp, a, b),
+    14: lambda lq, lp, a, b: (_power(lp, lq, a, 1 - a) - lq.exp()) / (a * (a - 1)),
+    15: lambda lq, lp, a, b: _power(lp, lq, a, 1 - a),
 }
+# Kinds that are a function of such a sum.
+_FINISH = {12: lambda x, a: -x.log(), 15: lambda x, a: x.log() / (a - 1)}
 
 
 def _student_stats(lq: Tensor, z: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tensor where it changes during training under `torch.compile` (a float would rec
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -31,7 +32,7 @@ class Kind:
                         f"{type(self).__name__}.{field.name} must be one number, "
                         f"got a tensor of shape {tuple(value.shape)}"
                     )
-            elif not self._allowed(value):
+            elif not isinstance(value, bool) and not self._allowed(value):
                 raise ValueError(
                     f"{type(self).__name__}.{field.name} must lie in {self._interval}, got {value}"
                 )
@@ -42,17 +43,22 @@ class Kind:
         return 0 < value < 1
 
     @property
-    def parameter(self) -> Number:
-        """The one number the kernel's scalar functions take; 0 for kinds without."""
-        own = fields(self)
-        return getattr(self, own[0].name) if own else 0.0
+    def parameters(self) -> tuple[Number, Number]:
+        """The numbers that the kernel's scalar functions take; 0 for those that a kind has not."""
+        own = [getattr(self, f.name) for f in fields(self) if f.type != "bool"]
+        a, b = (*own, 0.0, 0.0)[:2]
+        return a, b
 
-    def exchanged(self) -> Kind:
-        """The kind E with E(student, teacher) = D(teacher, student): its student gradient is the
-        gradient of D to the teacher. Raises ValueError for a kind whose teacher is a constant."""
-        raise ValueError(
-            f"{type(self).__name__} has no gradient to the teacher: detach the teacher's logits"
-        )
+    @property
+    def factor(self) -> Number:
+        """Of the divergence, in value and gradient."""
+        return 1.0
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        """The kind E with E(student, teacher) = D(teacher, student), and its parameters: its student
+        gradient is the gradient of D to the teacher. Raises ValueError where there is none."""
+        raise ValueError(f"{cls.__name__} has no gradient to the teacher: detach its logits")
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,9 @@ class ForwardKL(Kind):
 
     number = 1
 
-    def exchanged(self) -> Kind:
-        return ReverseKL()
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return ReverseKL, a, b
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,9 @@ class ReverseKL(Kind):
 
     number = 2
 
-    def exchanged(self) -> Kind:
-        return ForwardKL()
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return ForwardKL, a, b
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,24 @@ class JSD(Kind):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
 
     JSD / beta tends to forward KL for beta -> 0, JSD / (1 - beta) to reverse KL for beta -> 1; beta
-    itself lies in (0, 1), so that no limit is taken in silence.
+    itself lies in (0, 1), so that no limit is taken in silence. `normalize` divides by
+    min(beta, 1 - beta), so that both limits have the size of a KL.
     """
 
     number = 3
     beta: Number = 0.5
+    normalize: bool = False
 
-    def exchanged(self) -> Kind:
-        return JSD(1 - self.beta)
+    @property
+    def factor(self) -> Number:
+        if not self.normalize:
+            return 1.0
+        smaller = torch.minimum if isinstance(self.beta, torch.Tensor) else min
+        return 1 / smaller(self.beta, 1 - self.beta)
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return JSD, 1 - a, b
 
 
 @dataclass(frozen=True)
@@ -97,8 +115,9 @@ class SkewKL(Kind):
     number = 4
     alpha: Number = 0.1
 
-    def exchanged(self) -> Kind:
-        return SkewReverseKL(self.alpha)
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return SkewReverseKL, a, b
 
 
 @dataclass(frozen=True)
@@ -108,8 +127,9 @@ class SkewReverseKL(Kind):
     number = 5
     alpha: Number = 0.1
 
-    def exchanged(self) -> Kind:
-        return SkewKL(self.alpha)
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return SkewKL, a, b
 
 
 @dataclass(frozen=True)
@@ -135,8 +155,115 @@ class TVD(Kind):
 
     number = 7
 
-    def exchanged(self) -> Kind:
-        return TVD()
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return TVD, a, b
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Kind):
+    """-sum p log q: the gradient of forward KL, and its value plus the teacher's entropy."""
+
+    number = 8
+
+
+@dataclass(frozen=True)
+class SymmetricKL(Kind):
+    """(1 - weight) KL(p || q) + weight KL(q || p); weight 0.5 is half of Jeffreys' divergence."""
+
+    number = 9
+    weight: Number = 0.5
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return SymmetricKL, 1 - a, b
+
+
+@dataclass(frozen=True)
+class Hellinger(Kind):
+    """sum (sqrt p - sqrt q)^2, the squared distance without the factor 1/2: in [0, 2]."""
+
+    number = 10
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return Hellinger, a, b
+
+
+@dataclass(frozen=True)
+class Chi2(Kind):
+    """sum (p - q)^2 / q = sum p^2 / q - 1 (Pearson). Infinite where q underflows and p does not:
+    in float32 beyond a gap of 88 nats."""
+
+    number = 11
+
+
+@dataclass(frozen=True)
+class LogAcceptance(Kind):
+    """-log sum min(p, q): of the acceptance rate of speculative sampling. Right to 1e-7."""
+
+    number = 12
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return LogAcceptance, a, b
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Kind):
+    """-1 / (alpha beta) sum [p^alpha q^beta - alpha / s p^s - beta / s q^s], s = alpha + beta, and
+    its limits where alpha, beta or s is exactly 0 (ABKD, arXiv 2505.04560; the limits by
+    continuity: divided by alpha^2 and beta^2).
+
+    (1, 0) is forward KL, (0, 1) reverse KL, (1, 1) half the squared distance of p and q, (a, 1 - a)
+    `Amari(a)`, (0, 0) half the squared distance of the log-probabilities. Powers of e^88 are
+    infinite in float32.
+    """
+
+    number = 13
+    alpha: Number = 0.2
+    beta: Number = 0.7
+
+    _interval = "the finite numbers"
+
+    def _allowed(self, value: float) -> bool:
+        return abs(value) < math.inf
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return AlphaBeta, b, a
+
+
+@dataclass(frozen=True)
+class Amari(Kind):
+    """[sum p^alpha q^(1 - alpha) - 1] / (alpha (alpha - 1)); it tends to forward KL for
+    alpha -> 1 and to reverse KL for alpha -> 0 (Amari, 1985)."""
+
+    number = 14
+    alpha: Number = 0.5
+
+    _interval = "the finite numbers other than 0 and 1 (the limits reverse_kl and forward_kl)"
+
+    def _allowed(self, value: float) -> bool:
+        return abs(value) < math.inf and value not in (0, 1)
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return Amari, 1 - a, b
+
+
+@dataclass(frozen=True)
+class Renyi(Kind):
+    """log sum p^alpha q^(1 - alpha) / (alpha - 1) (Renyi, 1961). Its gradient is q minus the softmax
+    of alpha log p + (1 - alpha) log q, that of `TAID(alpha)` for alpha <= 1."""
+
+    number = 15
+    alpha: Number = 0.5
+
+    _interval = "the finite positive numbers other than 1 (the limit forward_kl)"
+
+    def _allowed(self, value: float) -> bool:
+        return 0 < value < math.inf and value != 1
 
 
 @dataclass(frozen=True)
@@ -158,10 +285,7 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-KINDS: dict[str, type[Kind]] = {
-    _snake_case(kind.__name__): kind
-    for kind in (ForwardKL, ReverseKL, JSD, SkewKL, SkewReverseKL, TAID, TVD, CrossEntropy)
-}
+KINDS: dict[str, type[Kind]] = {_snake_case(k.__name__): k for k in Kind.__subclasses__()}
 
 
 def as_kind(kind: str | Kind) -> Kind:
