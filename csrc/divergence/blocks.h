@@ -36,7 +36,7 @@ Lanes<Real> block_value(const Block<In, Real, Scalar> b, const KindParams<Real> 
   return value;
 }
 
-// Pass 2 where H = -1 is known: value and gradient at once.
+// Pass 2 where no sum is waited for: value and gradient at once.
 template <class Kind, class In, class Out, class Real, class Scalar>
 Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Real> k,
                            const Scalar weight, Out* gradient, Prefetch touch) {
@@ -47,13 +47,13 @@ Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Rea
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const auto e = element(b, j, i);
       value[i] += kind_term<Kind>(e, k);
-      out.store(i, (Kind::slope(e, k) + e.q) * weight[i]);
+      out.store(i, known_gradient<Kind>(e, Kind::slope(e, k)) * weight[i]);
     }
   }
   return value;
 }
 
-// Pass 2 where H is a sum: q stays in b.q and h in b.p.
+// Pass 2 where H is a sum: the basis (q, mostly) stays in b.q and h in b.p.
 template <class Real>
 struct Slopes {
   Lanes<Real> value, slope;
@@ -69,8 +69,9 @@ Slopes<Real> block_slopes(const Block<In, Real, Scalar> b, const KindParams<Real
       const auto e = element(b, j, i);
       sums.value[i] += kind_term<Kind>(e, k);
       const auto h = Kind::slope(e, k);
-      sums.slope[i] += h;
-      store(e.q, b.q + at);
+      const auto basis = Kind::basis(e, k);
+      sums.slope[i] += summand<Kind>(h, basis);
+      store(basis, b.q + at);
       store(h, b.p + at);
     }
   }

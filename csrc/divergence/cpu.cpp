@@ -54,6 +54,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
   return row_weight(problem, r) * Real((1 - problem.label_weight) * problem.factor);
 }
 
+#include "numbers.h"
+
 #include "row.h"
 
 #include "short.h"
@@ -64,7 +66,7 @@ void zero(char* row, int64_t from, int64_t to, int64_t size) {
 
 template <class Kind, class Real>
 void rows_of_kind(const Problem<Real>& problem, int64_t lo, int64_t hi, const Workspace<Real>& w) {
-  if (!together(problem)) {
+  if (Kind::kRow != RowNumbers::none || !together(problem)) {
     for (int64_t r = lo; r < hi; ++r)
       if (counts(problem, r)) divergence_row<Kind>(problem, r, r + 1 < hi ? r + 1 : r, w);
     return;

@@ -46,7 +46,7 @@ void choose_hold(const Problem<Real>& p, Launcher& launch) {
 // With statistics, labels, a soft-cap or a mixture.
 template <class Kind, class Real, class In>
 void choose_full(const Problem<Real>& p, Launcher& launch) {
-  if constexpr (!std::is_same<In, Mixed>::value) {
+  if constexpr (!std::is_same<In, Mixed>::value && Kind::kRow == RowNumbers::none) {
     if (p.vocab <= kColumns<In, 32> && (p.resident_limit < 0 || p.vocab <= p.resident_limit))
       return launch_rows<Kind, Real, In, 32, Hold::registers, false>(p, launch);
   } else {
@@ -57,7 +57,8 @@ void choose_full(const Problem<Real>& p, Launcher& launch) {
 
 template <class Kind, class Real, class In>
 void choose_plain(const Problem<Real>& p, Launcher& launch) {
-  if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value)
+  if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value &&
+                Kind::kRow == RowNumbers::none)
     if (is_plain(p)) return choose_hold<Kind, Real, In>(p, launch);
   choose_full<Kind, Real, In>(p, launch);
 }

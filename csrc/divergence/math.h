@@ -25,10 +25,12 @@ struct Element {
   Real lq, lp;  // log-probabilities, -inf where the logit is -inf
   Real q, p;    // probabilities
   Real delta;   // lp - lq; NaN where both are -inf
+  Real z, t;    // tempered logits, without their means where a kind asks for that
 };
 
 template <class Real>
 struct KindParams {
+  Real r[2];                // numbers of the row (RowNumbers)
   Real a, b;                // beta, alpha or the weight t of the kind; a second one of some
   Real c[kCoefficients];    // what a kind makes of them once a call (series.h)
   Real series[kMostTerms];  // Taylor coefficients of d / (mass delta^2)
@@ -55,12 +57,13 @@ SH_INLINE MinusTwoPart<Uniform<Real>> minus_two_part(double x) {
 }
 
 // What a row's elements have in common: gains of the logits, log-sum-exps of both sides and of the
-// teacher over the student, and what makes probabilities of the exponentials.
+// teacher over the student, what makes probabilities of the exponentials, means of the tempered logits.
 template <class Real, class Scalar>
 struct RowScalars {
   Real z_gain, t_gain, ratio;  // ratio = z_gain / t_gain
   MinusTwoPart<Scalar> lse_difference, z_lse, t_lse;
   Scalar q_factor, p_factor;
+  MinusTwoPart<Scalar> z_mean, t_mean;
 };
 
 // From logits z and t and exponentials q and p; i says whose scalars, where rows lie side by side.
@@ -70,6 +73,8 @@ SH_INLINE Element<L> make_element(const RowScalars<Real, Scalar>& row, L z, L t,
   Element<L> e;
   e.lq = mul_add(L(row.z_gain), z, row.z_lse.high[i]) + row.z_lse.low[i];
   e.lp = mul_add(L(row.t_gain), t, row.t_lse.high[i]) + row.t_lse.low[i];
+  e.z = mul_add(L(row.z_gain), z, row.z_mean.high[i]) + row.z_mean.low[i];
+  e.t = mul_add(L(row.t_gain), t, row.t_mean.high[i]) + row.t_mean.low[i];
   e.q = q * row.q_factor[i];
   e.p = p * row.p_factor[i];
   // Not lp - lq: t - z is exact where the gains are equal, and the difference of the log-sum-exps was
@@ -98,15 +103,32 @@ struct Finished {
   double value, factor;
 };
 
+// How slopes h become a gradient: h + q (their sum is known to be -1), h itself, h - basis sum h, or
+// h - basis sum (h basis), for a basis that is q unless a kind says otherwise.
+enum class Form { unit, direct, sum, projected };
+
+// What a kind must know of whole sides before its terms.
+//   means               a times the means, which its logits are without
+//   norms               r = {1 / |z|, 1 / |t|}
+//   probability_norms   r = {1 / |q|, 1 / |p|}
+//   standard            means, and r[0] = T / sqrt(V - 1); logits are divided by their standard deviation
+// Columns of -inf are left out.
+enum class RowNumbers { none, means, norms, probability_norms, standard };
+
 // What most kinds have in common.
 struct Sum {
-  static constexpr bool kSeries = true;      // terms near delta = 0 by Taylor's series ...
-  static constexpr int kTerms = 5;           // ... of so many terms: more where much cancels
-  static constexpr bool kUnitSlope = false;  // the sum of slopes is known to be -1
-  static constexpr bool kFinish = false;     // D is not the sum of terms itself, but finish() of it
+  static constexpr Form kForm = Form::sum;
+  static constexpr RowNumbers kRow = RowNumbers::none;
+  static constexpr bool kSeries = true;   // terms near delta = 0 by Taylor's series ...
+  static constexpr int kTerms = 5;        // ... of so many terms: more where much cancels
+  static constexpr bool kFinish = false;  // D is not the sum of terms itself, but finish() of it
   // What the series is relative to.
   template <class Real, class Number>
   SH_INLINE static Real mass(const Element<Real>& e, const KindParams<Number>&) {
+    return e.q;
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real basis(const Element<Real>& e, const KindParams<Number>&) {
     return e.q;
   }
   template <class Number>
@@ -115,9 +137,22 @@ struct Sum {
   }
 };
 
+// Whether the gradient is known as soon as the slope is.
+template <class Kind>
+constexpr bool kOnePass = Kind::kForm == Form::unit || Kind::kForm == Form::direct;
+template <class Kind, class Real>
+SH_INLINE Real known_gradient(const Element<Real>& e, Real slope) {
+  return Kind::kForm == Form::unit ? slope + e.q : slope;
+}
+// What the sum in the gradient is of.
+template <class Kind, class Real>
+SH_INLINE Real summand(Real slope, Real basis) {
+  return Kind::kForm == Form::projected ? slope * basis : slope;
+}
+
 // KL(p || q)
 struct ForwardKL : Sum {
-  static constexpr bool kUnitSlope = true;  // sum of slopes is -1
+  static constexpr Form kForm = Form::unit;
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.p, e.delta) + (e.q - e.p);
@@ -200,7 +235,8 @@ struct SkewReverseKL : Sum {
 
 // -sum p log q
 struct SoftCrossEntropy : Sum {
-  static constexpr bool kSeries = false, kUnitSlope = true;
+  static constexpr bool kSeries = false;
+  static constexpr Form kForm = Form::unit;
   template <class Real, class Number>
   SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
     return times(e.p, -e.lq);
@@ -360,6 +396,90 @@ struct Renyi : Amari {
   }
 };
 
+// A difference of logits, 0 where a column is -inf on both sides.
+template <class Real>
+SH_INLINE Real of_logits(const Element<Real>& e, Real difference) {
+  return select(larger(e.lq, e.lp) > Real(-INFINITY), difference, e.q + e.p);
+}
+
+// sum (z - t)^2, or of the logits without their means (a = 1)
+struct MSELogits : Sum {
+  static constexpr bool kSeries = false;
+  static constexpr Form kForm = Form::direct;
+  static constexpr RowNumbers kRow = RowNumbers::means;
+  template <class Real, class Number>
+  SH_INLINE static Real gap(const Element<Real>& e, const KindParams<Number>&) {
+    return of_logits(e, e.z - e.t);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return gap(e, k) * gap(e, k);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(2) * gap(e, k);
+  }
+};
+
+// 1 - <z, t> / (|z| |t|) = |z / |z| - t / |t||^2 / 2
+struct CosineLogits : Sum {
+  static constexpr bool kSeries = false, kFinish = true;
+  static constexpr Form kForm = Form::projected;
+  static constexpr RowNumbers kRow = RowNumbers::norms;
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(0.5) * slope(e, k) * slope(e, k);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return of_logits(e, Real(k.r[0]) * e.z - Real(k.r[1]) * e.t);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real basis(const Element<Real>& e, const KindParams<Number>& k) {
+    return of_logits(e, Real(k.r[0]) * e.z);
+  }
+  template <class Number>
+  SH_INLINE static Finished finish(double terms, double, const KindParams<Number>& k) {
+    return {terms, double(k.r[0])};
+  }
+};
+
+// The same of the probabilities.
+struct CosineProbs : Sum {
+  static constexpr bool kSeries = false;
+  static constexpr RowNumbers kRow = RowNumbers::probability_norms;
+  template <class Real, class Number>
+  SH_INLINE static Real gap(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(k.r[0]) * e.q - Real(k.r[1]) * e.p;
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(0.5) * gap(e, k) * gap(e, k);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(k.r[0]) * e.q * gap(e, k);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real basis(const Element<Real>& e, const KindParams<Number>& k) {
+    return (Real(k.r[0]) * e.q) * (Real(k.r[0]) * e.q);
+  }
+};
+
+// Forward KL of logits that are standardised row by row.
+struct StandardizedKL : ForwardKL {
+  static constexpr Form kForm = Form::projected;
+  static constexpr RowNumbers kRow = RowNumbers::standard;
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
+    return e.q - e.p;
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real basis(const Element<Real>& e, const KindParams<Number>& k) {
+    return select(e.lq > Real(-INFINITY), e.z * Real(k.r[0]), e.q);
+  }
+};
+
 // X(number, type); the numbers are those of stillhouse.ops.kinds. Cross-entropy to labels, number
 // 0, has no teacher: it is the label term of the kernel alone.
 #define SH_DIVERGENCE_KINDS(X) \
@@ -377,7 +497,11 @@ struct Renyi : Amari {
   X(12, LogAcceptance)         \
   X(13, AlphaBeta)             \
   X(14, Amari)                 \
-  X(15, Renyi)
+  X(15, Renyi)                 \
+  X(16, MSELogits)             \
+  X(17, CosineLogits)          \
+  X(18, CosineProbs)           \
+  X(19, StandardizedKL)
 
 constexpr int kCrossEntropy = 0, kTAID = 6;
 

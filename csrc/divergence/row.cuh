@@ -14,7 +14,7 @@ namespace stillhouse {
 
 // Cross-entropy to labels: no teacher, the label's part alone.
 struct LabelsOnly : Sum {
-  static constexpr bool kUnitSlope = true;
+  static constexpr Form kForm = Form::unit;
 };
 template <class Kind>
 constexpr bool kHasTeacher = !std::is_same<Kind, LabelsOnly>::value;
@@ -46,7 +46,9 @@ struct DeviceRow {
   const int64_t r;
   const SharedPointer<In> shared;  // [2, chunks, kSize] for Hold::shared
   Side student, teacher;
-  Real mix = 1;  // of the teacher in TAID's target
+  KindParams<Real> params;
+  double means[2] = {};  // of the tempered logits, for kinds without them
+  Real mix = 1;          // of the teacher in TAID's target
   int64_t origin = 0, chunks = 0;
   Real z[kSlots][kSize], t[kSlots][kSize], z_e[kSlots][kSize], t_e[kSlots][kSize];
   Real z_shift = 0, t_shift = 0;
@@ -68,8 +70,17 @@ struct DeviceRow {
         r(r),
         shared(shared),
         student(problem.student, r, problem.vocab),
-        scalars{1,       1,      1, {Real(0), Real(0)}, {Real(0), Real(0)}, {Real(0), Real(0)},
-                Real(0), Real(0)} {
+        params(problem.params),
+        scalars{1,
+                1,
+                1,
+                {Real(0), Real(0)},
+                {Real(0), Real(0)},
+                {Real(0), Real(0)},
+                Real(0),
+                Real(0),
+                {Real(0), Real(0)},
+                {Real(0), Real(0)}} {
     if constexpr (kHasTeacher<Kind>) {
       const bool is_student = problem.kind == kTAID && problem.params.a == 0;
       teacher = Side(is_student ? problem.student : problem.teacher, r, problem.vocab);
@@ -140,16 +151,74 @@ struct DeviceRow {
     return sum;
   }
 
+  // Sum of f over the columns of a side that are not -inf.
+  template <class F>
+  __device__ double sum_of_finite(const Real (&x)[kSize], F f) {
+    double sum[1] = {0};
+    each_chunk([&](int slot, int64_t start) {
+      load(slot, start);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum[0] += double(x[i] == -INFINITY ? Real(0) : f(x[i]));
+    });
+    T::reduce(sum, Add());
+    return sum[0];
+  }
+
+  // RowNumbers of a side's logits; `x` is where load() leaves them. Returns the tempered mean.
+  __device__ double side_numbers(double temperature, Side& side, const Real (&x)[kSize],
+                                 Real& number) {
+    constexpr bool kStandard = Kind::kRow == RowNumbers::standard;
+    const double count = sum_of_finite(x, [](Real) { return Real(1); });
+    const double mean = sum_of_finite(x, [](Real v) { return v; }) / count;
+    const Real center = kStandard ? Real(mean) : Real(0);
+    const double squares = sum_of_finite(x, [=](Real v) { return (v - center) * (v - center); });
+    if constexpr (Kind::kRow == RowNumbers::norms) number = Real(1 / (side.gain * ::sqrt(squares)));
+    if constexpr (kStandard) {
+      side.gain = Real(1 / (temperature * ::sqrt(squares / (count - 1))));
+      number = Real(temperature / ::sqrt(count - 1));
+    }
+    // An infinite mean is NaN: it makes the whole row NaN.
+    const double share = Kind::kRow == RowNumbers::means ? double(params.a) : 1;
+    if constexpr (Kind::kRow == RowNumbers::norms) return 0;
+    return double(side.gain) * mean * share + (mean - mean);
+  }
+
+  // sum q^2 is the sum of exponentials of twice the logits.
+  __device__ Real inverse_probability_norm(const Real (&x)[kSize], Real gain2, Real gain,
+                                           double lse) {
+    RunningSum<Real> running;
+    each_chunk([&](int slot, int64_t start) {
+      load(slot, start);
+      running.add(x, gain2, Real(0));
+    });
+    Real maximum[1] = {running.max};
+    T::reduce(maximum, Largest());
+    const Real shift = RunningSum<Real>::shift_of(maximum[0]);
+    running.rescale(shift, gain2, Real(0));
+    double sum[1] = {double(running.sum)};
+    T::reduce(sum, Add());
+    return Real(::exp(lse - double(gain) * double(shift) - fast_log(sum[0]) / 2));
+  }
+
   // Pass 1.
   __device__ void normalise() {
+    const Real plain_gain = student.gain;
+    if constexpr (Kind::kRow != RowNumbers::none && Kind::kRow != RowNumbers::probability_norms) {
+      means[0] = side_numbers(problem.student.temperature, student, z[0], params.r[0]);
+      Real of_teacher;
+      means[1] = side_numbers(problem.teacher.temperature, teacher, t[0], of_teacher);
+      if constexpr (Kind::kRow == RowNumbers::norms) params.r[1] = of_teacher;
+      scalars.z_mean = minus_two_part<Real>(means[0]);
+      scalars.t_mean = minus_two_part<Real>(means[1]);
+    }
     const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain_or_one() * kLog2e);
     Real own_label_gain2 = 0;
     if (!kPlain && stillhouse::labelled(problem, r)) {
       labelled = true;
       label = problem.labels[r];
       const double ratio = problem.student.temperature / problem.label_temperature;
-      label_gain2 = Real(Real(student.gain * ratio) * kLog2e);
-      if (ratio != 1) own_label_gain2 = label_gain2;
+      label_gain2 = Real(Real(plain_gain * ratio) * kLog2e);
+      if (ratio != 1 || Kind::kRow == RowNumbers::standard) own_label_gain2 = label_gain2;
     }
     RunningSum<Real> of_z, of_t;
     Real x_label = 0, finite_sum = 0, finite = 0;
@@ -208,13 +277,17 @@ struct DeviceRow {
       scalars.p_factor = Real(1 / totals[1]);
     }
 
+    if constexpr (Kind::kRow == RowNumbers::probability_norms) {
+      params.r[0] = inverse_probability_norm(z[0], 2 * gain2, student.gain, z_lse);
+      params.r[1] = inverse_probability_norm(t[0], 2 * t_gain2, teacher.gain, t_lse);
+    }
     const Real of_row = row_weight(problem, r);
     weight = of_row * Real((1 - problem.label_weight) * problem.factor) * student.gain;
     if (!kPlain && labelled) {
       Real parts[3] = {x_label, finite_sum, finite};
       T::reduce(parts, Add());
       const Real label_gain =
-          Real(student.gain * (problem.student.temperature / problem.label_temperature));
+          Real(plain_gain * (problem.student.temperature / problem.label_temperature));
       const double lse =
           own_label_gain2 > 0 ? double(label_gain) * double(z_shift) + fast_log(totals[2]) : z_lse;
       label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
@@ -290,7 +363,6 @@ struct DeviceRow {
   // Passes 2 and 3.
   __device__ void run() {
     const bool with_gradient = gradient != nullptr;
-    const KindParams<Real> params = problem.params;
     Real part[kSums] = {};
     each_chunk([&](int slot, int64_t start) {
       fetch(slot, start);
@@ -301,19 +373,19 @@ struct DeviceRow {
         const bool inside = start + i >= 0 && start + i < problem.vocab;
         if constexpr (kHasTeacher<Kind>) {
           const Element<Real> e = element(slot, i);
-          const Real slope = Kind::slope(e, params);
+          const Real slope = Kind::slope(e, params), basis = Kind::basis(e, params);
           if (inside) {
             part[kValue] += kind_term<Kind>(e, params);
-            part[kSlope] += slope;
+            part[kSlope] += summand<Kind>(slope, basis);
           }
-          g[i] = (slope + e.q) * weight;
+          g[i] = known_gradient<Kind>(e, slope) * weight;
           if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
-          if constexpr (kRegisters && !Kind::kUnitSlope) z_e[slot][i] = e.q, t_e[slot][i] = slope;
+          if constexpr (kRegisters && !kOnePass<Kind>) z_e[slot][i] = basis, t_e[slot][i] = slope;
         } else {
           if (!kPlain && inside && problem.stats != nullptr) add_statistics(slot, i, part);
         }
       }
-      if (with_gradient && Kind::kUnitSlope) finish(slot, start, g);
+      if (with_gradient && kOnePass<Kind>) finish(slot, start, g);
     });
     for (int i = 0; i < kSums; ++i) sums[i] = double(part[i]);
     T::reduce(sums, Add());
@@ -323,7 +395,7 @@ struct DeviceRow {
       sums[kValue] = finished.value;
       weight *= Real(finished.factor);
     }
-    if constexpr (!Kind::kUnitSlope) {
+    if constexpr (!kOnePass<Kind>) {
       if (!with_gradient) return;
       const Real H = Real(sums[kSlope]);
       each_chunk([&](int slot, int64_t start) {
@@ -334,7 +406,7 @@ struct DeviceRow {
           Real q = z_e[slot][i], h = t_e[slot][i];
           if constexpr (!kRegisters) {
             const Element<Real> e = element(slot, i);
-            q = e.q, h = Kind::slope(e, params);
+            q = Kind::basis(e, params), h = Kind::slope(e, params);
           }
           g[i] = mul_add(-q, H, h) * weight;
         }
@@ -375,10 +447,12 @@ struct DeviceRow {
   __device__ void write_statistics() const {
     if (problem.stats == nullptr) return;
     const Real none = kHasTeacher<Kind> ? Real(0) : Real(NAN);
-    const Real values[kStats] = {
-        Real(sums[kAcceptance]) + none,     agreement,   Real(sums[kStudentEntropy]),
-        Real(sums[kTeacherEntropy]) + none, Real(z_lse), Real(t_lse) + none,
-        Real(sums[kBelow]) + none};
+    constexpr bool kStandard = Kind::kRow == RowNumbers::standard;
+    const double shift[2] = {kStandard ? means[0] : 0, kStandard ? means[1] : 0};
+    const Real values[kStats] = {Real(sums[kAcceptance]) + none, agreement,
+                                 Real(sums[kStudentEntropy]),    Real(sums[kTeacherEntropy]) + none,
+                                 Real(z_lse - shift[0]),         Real(t_lse - shift[1]) + none,
+                                 Real(sums[kBelow]) + none};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
 };
@@ -397,9 +471,9 @@ __device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t 
 template <int kThreads>
 constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
 template <class Kind, int kThreads, Hold kHold, bool kPlain>
-constexpr int kBlocks = !kPlain || kThreads > 256                      ? 1
-                        : Kind::kUnitSlope && kHold != Hold::registers ? 3
-                                                                       : 2;
+constexpr int kBlocks = !kPlain || kThreads > 256                    ? 1
+                        : kOnePass<Kind> && kHold != Hold::registers ? 3
+                                                                     : 2;
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Kind, kThreads, kHold, kPlain>))

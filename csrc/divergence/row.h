@@ -12,9 +12,11 @@ template <class Kind, class Real>
 struct DivergenceRow {
   const Problem<Real>& problem;
   const Workspace<Real>& w;
+  KindParams<Real> params;
   Source<Real> student, teacher;
   Normaliser<Real> z_normaliser, t_normaliser;
   LabelTerm<Real> label;
+  double means[2] = {};  // of the tempered logits, for kinds without them
   Real weight = 0;
   char* gradient = nullptr;
   Sums sums;
@@ -24,10 +26,13 @@ struct DivergenceRow {
   DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
       : problem(problem),
         w(w),
+        params(problem.params),
         student(problem.student, r, problem.vocab, w.student),
         teacher(problem.teacher, r, problem.vocab, w.teacher) {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
     student.as_bf16 = teacher.as_bf16 = all_bf16(r);
+    const Source<Real> unchanged = student;
+    numbers_before<Kind>(problem, student, teacher, params, means);
     // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
     const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
     const char* next_student = row_of(problem.student.rows, next);
@@ -35,7 +40,8 @@ struct DivergenceRow {
     t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
                                 {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
-    label = LabelTerm<Real>(problem, r, student, z_normaliser, w);
+    numbers_after<Kind>(student, z_normaliser, teacher, t_normaliser, w, params);
+    label = LabelTerm<Real>(problem, r, unchanged, z_normaliser, w, unchanged.gain == student.gain);
     weight = divergence_weight(problem, r) * student.gain;
     if (problem.gradient.data != nullptr) gradient = row_of(problem.gradient, r);
   }
@@ -48,11 +54,11 @@ struct DivergenceRow {
     }
     touch.step = 0;
     if constexpr (Kind::kFinish) {
-      const Finished finished = Kind::finish(sums.value, sums.slope, problem.params);
+      const Finished finished = Kind::finish(sums.value, sums.slope, params);
       sums.value = finished.value;
       weight *= Real(finished.factor);
     }
-    if (Kind::kUnitSlope || gradient == nullptr) return;
+    if (kOnePass<Kind> || gradient == nullptr) return;
     for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
   }
 
@@ -88,7 +94,8 @@ struct DivergenceRow {
                    {student.gain, teacher.gain, student.gain / teacher.gain,
                     minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
                     minus_two_part<Real>(z_normaliser.lse), minus_two_part<Real>(t_normaliser.lse),
-                    z_normaliser.factor, t_normaliser.factor}};
+                    z_normaliser.factor, t_normaliser.factor, minus_two_part<Real>(means[0]),
+                    minus_two_part<Real>(means[1])}};
     if (w.q != nullptr) {
       b.q = w.q + start;
       b.p = w.p + start;
@@ -113,12 +120,12 @@ struct DivergenceRow {
       sums.teacher_entropy += fold_sum(s.teacher_entropy);
     }
     if (gradient == nullptr && !Kind::kFinish) {
-      sums.value += fold_sum(block_value<Kind>(b, problem.params, touch));
-    } else if constexpr (Kind::kUnitSlope) {
+      sums.value += fold_sum(block_value<Kind>(b, params, touch));
+    } else if constexpr (kOnePass<Kind>) {
       const Uniform<Real> scale(weight);
-      sums.value += fold_sum(block_gradient<Kind>(b, problem.params, scale, out, touch));
+      sums.value += fold_sum(block_gradient<Kind>(b, params, scale, out, touch));
     } else {
-      const Slopes<Real> s = block_slopes<Kind>(b, problem.params, touch);
+      const Slopes<Real> s = block_slopes<Kind>(b, params, touch);
       sums.value += fold_sum(s.value);
       sums.slope += fold_sum(s.slope);
     }
@@ -135,7 +142,7 @@ struct DivergenceRow {
     const bool direct = plain<Real>(start);
     Real* out = direct ? reinterpret_cast<Real*>(gradient) + start : w.gradient;
     terms(b, out);
-    if (Kind::kUnitSlope && gradient != nullptr && !direct)
+    if (kOnePass<Kind> && gradient != nullptr && !direct)
       finish_gradient(student, label, start, b.z, out, problem.gradient.dtype, gradient);
   }
 
@@ -145,7 +152,7 @@ struct DivergenceRow {
     const Real *q = w.q + start, *h = w.p + start;
     if (w.q == nullptr) {
       const auto b = block(start, z, t);
-      block_slopes<Kind>(b, problem.params, touch);
+      block_slopes<Kind>(b, params, touch);
       q = b.q, h = b.p;
     }
     block_combine(padded(student.columns(start)), q, h, Uniform<Real>(Real(sums.slope)),
@@ -178,12 +185,14 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
       problem.stats != nullptr && first_argmax(row.student) == first_argmax(row.teacher);
   row.run();
   const Sums& sums = row.sums;
+  const bool standard = Kind::kRow == RowNumbers::standard;
+  const double shift[2] = {standard ? row.means[0] : 0, standard ? row.means[1] : 0};
   write_value(problem, r, sums.value, row.label);
   if (problem.stats != nullptr)
-    write_stats<Real>(
-        problem, r,
-        {Real(sums.acceptance), agreement, Real(sums.student_entropy), Real(sums.teacher_entropy),
-         Real(row.z_normaliser.lse), Real(row.t_normaliser.lse), Real(sums.below)});
+    write_stats<Real>(problem, r,
+                      {Real(sums.acceptance), agreement, Real(sums.student_entropy),
+                       Real(sums.teacher_entropy), Real(row.z_normaliser.lse - shift[0]),
+                       Real(row.t_normaliser.lse - shift[1]), Real(sums.below)});
 }
 
 // Cross-entropy to labels: the label term alone, one side.

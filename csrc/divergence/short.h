@@ -172,15 +172,21 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     lse_difference[i] = teacher.lse[i] - student.lse[i];
     weight[i] = divergence_weight(problem, r[i]) * gain;
   }
-  const Block<Real, Real, Lanes<Real>> whole{
-      n * kLanes,
-      student.tile,
-      teacher.tile,
-      student.e,
-      teacher.e,
-      {gain, teacher_gain, gain / teacher_gain, minus_two_part<Real>(lse_difference),
-       minus_two_part<Real>(student.lse), minus_two_part<Real>(teacher.lse),
-       to_lanes(student.factor), to_lanes(teacher.factor)}};
+  const Block<Real, Real, Lanes<Real>> whole{n * kLanes,
+                                             student.tile,
+                                             teacher.tile,
+                                             student.e,
+                                             teacher.e,
+                                             {gain,
+                                              teacher_gain,
+                                              gain / teacher_gain,
+                                              minus_two_part<Real>(lse_difference),
+                                              minus_two_part<Real>(student.lse),
+                                              minus_two_part<Real>(teacher.lse),
+                                              to_lanes(student.factor),
+                                              to_lanes(teacher.factor),
+                                              {},
+                                              {}}};
   const bool with_gradient = problem.gradient.data != nullptr;
   Real* g = whole.q;  // the gradient takes the place of q
   Prefetch touch = with_gradient ? memory_of(problem.gradient, r[0]) : Prefetch::none(student.tile);
@@ -202,7 +208,7 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     }
     if (!with_gradient && !Kind::kFinish) {
       add_lanes(block_value<Kind>(b, problem.params, touch), value);
-    } else if constexpr (Kind::kUnitSlope) {
+    } else if constexpr (kOnePass<Kind>) {
       add_lanes(block_gradient<Kind>(b, problem.params, to_lanes(weight), g + at, touch), value);
     } else {
       const Slopes<Real> s = block_slopes<Kind>(b, problem.params, touch);
@@ -218,7 +224,7 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
       weight[i] *= Real(finished.factor);
     }
   }
-  if (with_gradient && !Kind::kUnitSlope) {
+  if (with_gradient && !kOnePass<Kind>) {
     Real H[kLanes];
     for (int i = 0; i < kLanes; ++i) H[i] = Real(slope[i]);
     block_combine(whole.n, whole.q, whole.p, to_lanes(H), to_lanes(weight), g);

@@ -1,5 +1,7 @@
 """What a user can get wrong: exception type and what the message says."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,6 +64,15 @@ ROWS = [
     (ValueError, "pass ops.TAID", lambda: ops.divergence(Z, T, "taid")),
     (TypeError, "must be a string or an ops.Kind", lambda: ops.divergence(Z, T, 3)),
     (ValueError, r"JSD.beta must lie in \(0, 1\), got 0", lambda: ops.JSD(0.0)),
+    (ValueError, r"SymmetricKL.weight must lie in \(0, 1\)", lambda: ops.SymmetricKL(1.0)),
+    (ValueError, "AlphaBeta.beta must lie in the finite", lambda: ops.AlphaBeta(1.0, math.inf)),
+    (ValueError, "Amari.alpha must lie .* other than 0 and 1", lambda: ops.Amari(1.0)),
+    (ValueError, "Renyi.alpha must lie .* other than 1", lambda: ops.Renyi(0.0)),
+    (ValueError, r'MSELogits.of must be "logits", .* got 2', lambda: ops.MSELogits(2)),
+    *(
+        (ValueError, "no gradient to the teacher", lambda k=k: ops.divergence(Z, LEAF, k))
+        for k in ("soft_cross_entropy", "chi2", "renyi", "standardized_kl")
+    ),
     (ValueError, r"TAID.t must lie in \[0, 1\], got 1.1", lambda: ops.TAID(1.1)),
     (ValueError, "must be one number", lambda: ops.TAID(torch.zeros(2))),
     (ValueError, "label_smoothing must lie", lambda: ops.CrossEntropy(1.0)),

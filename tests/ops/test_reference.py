@@ -242,6 +242,42 @@ def test_normalised_jsd():
         )
 
 
+OF_LOGITS = {
+    ops.MSELogits(): lambda z, t: F.mse_loss(z / 1.3, t / 0.9, reduction="none").mean(-1),
+    ops.MSELogits("centered"): lambda z, t: (z / 1.3 - t / 0.9).var(-1, unbiased=False),
+    ops.MSELogits("log_probs"): lambda z, t: (
+        ((z / 1.3).log_softmax(-1) - (t / 0.9).log_softmax(-1)).square().mean(-1)
+    ),
+    ops.CosineLogits(): lambda z, t: 1 - F.cosine_similarity(z, t, dim=-1),
+    ops.CosineProbs(): lambda z, t: (
+        1 - F.cosine_similarity((z / 1.3).softmax(-1), (t / 0.9).softmax(-1), dim=-1)
+    ),
+    ops.StandardizedKL(): lambda z, t: kl(
+        ((t - t.mean(-1, True)) / t.std(-1, keepdim=True) / 0.9).softmax(-1),
+        ((z - z.mean(-1, True)) / z.std(-1, keepdim=True) / 1.3).softmax(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_LOGITS, ids=repr)
+def test_kinds_with_numbers_of_the_row(kind):
+    """Against torch's own functions, with a gradient to the teacher where there is one."""
+    z = (torch.randn(5, 37, dtype=torch.float64) + 1).requires_grad_()
+    both = differentiable(kind, "teacher")
+    t = (torch.randn(5, 37, dtype=torch.float64) - 2).requires_grad_(both)
+    expected = OF_LOGITS[kind](z, t)
+    value = ops.divergence(z, t, kind, temperature=1.3, teacher_temperature=0.9)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    upstream = torch.rand(5, dtype=torch.float64)
+    inputs = (z, t) if both else (z,)
+    for got, want in zip(
+        torch.autograd.grad(value, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def differentiable(kind, side):
     try:
         kind.exchange(0.5, 0.5)
@@ -254,6 +290,12 @@ EVERY = [
     *(k for k, _ in HAND if not isinstance(k, ops.TAID)),
     ops.SoftCrossEntropy(),
     ops.JSD(0.3, normalize=True),
+    ops.MSELogits(),
+    ops.MSELogits("centered"),
+    ops.MSELogits("log_probs"),
+    ops.CosineLogits(),
+    ops.CosineProbs(),
+    ops.StandardizedKL(),
     *(ops.AlphaBeta(*at) for at in LIMITS),
 ]
 

@@ -191,7 +191,7 @@ def divergence_loss(
                 call.numbers,
                 row_weight,
                 labels,
-                call.kind.number,
+                call.kind.kernel_number,
                 call.vocab,
                 return_stats,
                 inplace_grad,

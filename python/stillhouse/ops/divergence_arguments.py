@@ -131,7 +131,7 @@ def check_call(
         label_weight,
         kind.label_smoothing if isinstance(kind, CrossEntropy) else 0.0,
         *((0.0, 0.0) if isinstance(kind, CrossEntropy) else kind.parameters),
-        kind.factor,
+        kind.factor(width if vocab_size is None else vocab_size),
     ]
     vocab = -1 if vocab_size is None else vocab_size
     return Call(student, teacher, kind, _pack(numbers), labels, vocab, result)

@@ -36,7 +36,7 @@ def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[
             call.numbers,
             mask,
             call.labels,
-            call.kind.number,
+            call.kind.kernel_number,
             call.vocab,
             want_stats,
             _resident_limit,

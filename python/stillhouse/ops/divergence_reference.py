@@ -27,13 +27,20 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     stats = _student_stats(lq, z / temperature) if want_stats else value.new_empty(0)
     if call.kind.needs_teacher:
         t = logits(call.teacher, teacher_scale, teacher_cap)
+        number = call.kind.kernel_number
+        if number == _STANDARDIZED:
+            z, t = _standardize(z), _standardize(t)
         target = t / teacher_temperature
         if isinstance(call.kind, TAID):
             target = _mix(a, target, z.detach() / temperature)
         lp = torch.log_softmax(target, -1)
-        value = _REFERENCE[call.kind.number](lq, lp, a, b).sum(-1)
-        if call.kind.number in _FINISH:
-            value = _FINISH[call.kind.number](value, a)
+        lq = torch.log_softmax(z / temperature, -1)
+        if number in _OF_LOGITS:
+            value = _OF_LOGITS[number](z / temperature, target, a)
+        else:
+            value = _REFERENCE[number](lq, lp, a, b).sum(-1)
+        if number in _FINISH:
+            value = _FINISH[number](value, a)
         value = (1 - label_weight) * factor * value
         if want_stats:
             stats = _reference_stats(lq, lp, z / temperature, target)
@@ -122,6 +129,37 @@ _REFERENCE = {  # kind number -> (lq, lp, two parameters) -> summands [..., V]
     13: lambda lq, lp, a, b: _alpha_beta(lq, lp, a, b),
     14: lambda lq, lp, a, b: (_power(lp, lq, a, 1 - a) - lq.exp()) / (a * (a - 1)),
     15: lambda lq, lp, a, b: _power(lp, lq, a, 1 - a),
+}
+_REFERENCE[19] = _REFERENCE[1]
+_STANDARDIZED = 19
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x > -torch.inf, x, 0)
+
+
+def _centered(x: Tensor) -> Tensor:
+    count = (x != -torch.inf).sum(-1, keepdim=True)
+    return x - _finite(x).sum(-1, keepdim=True) / count
+
+
+def _standardize(x: Tensor) -> Tensor:
+    count = (x != -torch.inf).sum(-1, keepdim=True)
+    centered = _centered(x)
+    variance = _finite(centered).square().sum(-1, keepdim=True) / (count - 1)
+    return torch.where(x > -torch.inf, _finite(centered) / variance.sqrt(), -torch.inf)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+
+
+_OF_LOGITS = {  # kind number -> (tempered logits of student and teacher, parameter) -> [...]
+    16: lambda z, t, a: (
+        (_minus(_centered(z), _centered(t)) if a else _minus(z, t)).square().sum(-1)
+    ),
+    17: lambda z, t, a: _cosine(_finite(z), _finite(t)),
+    18: lambda z, t, a: _cosine(z.softmax(-1), t.softmax(-1)),
 }
 # Kinds that are a function of such a sum.
 _FINISH = {12: lambda x, a: -x.log(), 15: lambda x, a: x.log() / (a - 1)}

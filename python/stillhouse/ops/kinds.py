@@ -50,8 +50,12 @@ class Kind:
         return a, b
 
     @property
-    def factor(self) -> Number:
-        """Of the divergence, in value and gradient."""
+    def kernel_number(self) -> int:
+        """Of the kernel that serves this instance."""
+        return self.number
+
+    def factor(self, columns: int) -> Number:
+        """Of the divergence, in value and gradient, for rows of so many columns."""
         return 1.0
 
     @classmethod
@@ -96,8 +100,7 @@ class JSD(Kind):
     beta: Number = 0.5
     normalize: bool = False
 
-    @property
-    def factor(self) -> Number:
+    def factor(self, columns: int) -> Number:
         if not self.normalize:
             return 1.0
         smaller = torch.minimum if isinstance(self.beta, torch.Tensor) else min
@@ -264,6 +267,68 @@ class Renyi(Kind):
 
     def _allowed(self, value: float) -> bool:
         return 0 < value < math.inf and value != 1
+
+
+@dataclass(frozen=True)
+class MSELogits(Kind):
+    """sum (z - t)^2 / V of tempered logits, of logits without their row's mean (`of="centered"`:
+    what a constant offset does not change), or of log-probabilities (`of="log_probs"`). Columns
+    that are -inf on both sides add nothing."""
+
+    number = 16
+    of: str = "logits"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("logits", "centered", "log_probs"):
+            raise ValueError(
+                f'MSELogits.of must be "logits", "centered" or "log_probs", got {self.of!r}'
+            )
+
+    @property
+    def kernel_number(self) -> int:
+        # Half the squared distance of log-probabilities is AlphaBeta(0, 0).
+        return AlphaBeta.number if self.of == "log_probs" else self.number
+
+    @property
+    def parameters(self) -> tuple[Number, Number]:
+        return float(self.of == "centered"), 0.0
+
+    def factor(self, columns: int) -> Number:
+        return (2.0 if self.of == "log_probs" else 1.0) / columns
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return MSELogits, a, b
+
+
+@dataclass(frozen=True)
+class CosineLogits(Kind):
+    """1 - <z, t> / (|z| |t|); the temperature cancels. NaN for a row of zeros."""
+
+    number = 17
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return CosineLogits, a, b
+
+
+@dataclass(frozen=True)
+class CosineProbs(Kind):
+    """1 - <q, p> / (|q| |p|)."""
+
+    number = 18
+
+    @classmethod
+    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
+        return CosineProbs, a, b
+
+
+@dataclass(frozen=True)
+class StandardizedKL(Kind):
+    """Forward KL of softmax(N(z) / T) with N(x) = (x - mean x) / std x of each row, the standard
+    deviation with V - 1 (logit standardisation, arXiv 2403.01427). NaN for a constant row."""
+
+    number = 19
 
 
 @dataclass(frozen=True)

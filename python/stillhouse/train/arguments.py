@@ -55,8 +55,8 @@ class DistillArguments:
         "or stdlib-docs (Python's own documentation)"
     )
     method: str = _flag(
-        "taid, forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, or cross_entropy "
-        "(no teacher needed)",
+        "taid, a divergence such as forward_kl, reverse_kl, jsd, skew_kl or alpha_beta (all of "
+        "stillhouse.ops.KINDS), or cross_entropy (no teacher needed)",
         "taid",
     )
     method_options: list[str] = field(
