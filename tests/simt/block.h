@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <tuple>
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -58,7 +59,7 @@ struct Block {
   uint32_t epoch = 0;
   int barrier_result = 0;
   std::exception_ptr error;
-  std::map<std::pair<Site, size_t>, std::unique_ptr<SharedArray>> shared;
+  std::map<std::tuple<Site, const void*, size_t>, std::unique_ptr<SharedArray>> shared;
   std::unique_ptr<SharedArray> dynamic;
   size_t static_bytes = 0;
   char* stacks = nullptr;

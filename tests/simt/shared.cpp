@@ -83,8 +83,9 @@ void SharedArray::update(size_t index, const std::function<void(void*)>& step) {
   step(data_.data() + index * bytes_);
 }
 
-SharedArray* static_shared(Site site, const char* name, size_t bytes, size_t element) {
-  std::unique_ptr<SharedArray>& array = running->shared[{site, bytes}];
+SharedArray* static_shared(Site site, const char* name, const void* type, size_t bytes,
+                           size_t element) {
+  std::unique_ptr<SharedArray>& array = running->shared[{site, type, bytes}];
   if (array == nullptr) {
     running->static_bytes += bytes;
     if (running->static_bytes > kStaticShared)

@@ -120,12 +120,16 @@ class Shared {
   size_t first_ = 0;
 };
 
-SharedArray* static_shared(Site site, const char* name, size_t bytes, size_t element);
+// type: an address that stands for the elements' type. A call site in a template is an array for each.
+SharedArray* static_shared(Site site, const char* name, const void* type, size_t bytes,
+                           size_t element);
+template <class T>
+inline char type_tag;
 SharedArray* dynamic_shared(Site site, size_t element);
 
 template <class T>
 Shared<T> shared_array(Site site, const char* name, size_t n) {
-  return {static_shared(site, name, n * sizeof(T), sizeof(T)), 0};
+  return {static_shared(site, name, &type_tag<T>, n * sizeof(T), sizeof(T)), 0};
 }
 template <class T>
 Shared<T> shared_dynamic(Site site) {
