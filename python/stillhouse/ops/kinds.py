@@ -60,8 +60,8 @@ class Kind:
 
     @classmethod
     def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        """The kind E with E(student, teacher) = D(teacher, student), and its parameters: its student
-        gradient is the gradient of D to the teacher. Raises ValueError where there is none."""
+        """The kind E with E(student, teacher) = D(teacher, student), and its parameters: its
+        student gradient is the gradient of D to the teacher. ValueError where there is none."""
         raise ValueError(f"{cls.__name__} has no gradient to the teacher: detach its logits")
 
 
@@ -257,8 +257,8 @@ class Amari(Kind):
 
 @dataclass(frozen=True)
 class Renyi(Kind):
-    """log sum p^alpha q^(1 - alpha) / (alpha - 1) (Renyi, 1961). Its gradient is q minus the softmax
-    of alpha log p + (1 - alpha) log q, that of `TAID(alpha)` for alpha <= 1."""
+    """log sum p^alpha q^(1 - alpha) / (alpha - 1) (Renyi, 1961). Its gradient is q minus the
+    softmax of alpha log p + (1 - alpha) log q, that of `TAID(alpha)` for alpha <= 1."""
 
     number = 15
     alpha: Number = 0.5
