@@ -4,8 +4,9 @@
 // D = sum_j d(p_j, q_j). With h_j = dD/dlq_j and H = sum_j h_j,
 //     dD/dz_j = h_j - q_j H,
 // so a divergence is two functions of one element: `term` (d) and `slope` (h, up to a multiple of
-// q_j, which cancels in h_j - q_j H); and where D is a function of such a sum, `finish`. The gradient to the teacher is the student's gradient of the
-// exchanged divergence (forward KL <-> reverse KL, beta <-> 1 - beta, ...).
+// q_j, which cancels in h_j - q_j H); and where D is a function of such a sum, `finish`. The gradient
+// to the teacher is the student's gradient of the exchanged divergence (forward KL <-> reverse KL,
+// beta <-> 1 - beta, ...).
 //
 // Values are kept in Bregman form, every term >= 0 (sum p = sum q, so adding q - p changes nothing).
 // Near delta = 0 such a term is a difference of nearly equal numbers; there it is evaluated as

@@ -347,7 +347,7 @@ class CrossEntropy(Kind):
 
 
 def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 KINDS: dict[str, type[Kind]] = {_snake_case(k.__name__): k for k in Kind.__subclasses__()}
