@@ -231,7 +231,9 @@ def test_masked_teacher_columns(kind, dtype, level):
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_masked_rows_are_not_read(kind, dtype, level):
     for rows, width in ((4, 350), (75, 49)):
-        student, teacher = logits(rows, width, dtype), logits(rows, width, dtype)
+        scale = 1.0 if isinstance(kind, ops.Chi2) else 3.0  # float16 ends at 65,504
+        student = logits(rows, width, dtype, scale)
+        teacher = logits(rows, width, dtype, scale)
         mask = torch.rand(rows) < 0.6
         mask[:2] = torch.tensor([True, False])
         compare(student, teacher, kind, mask=mask)
@@ -245,7 +247,7 @@ def test_masked_rows_are_not_read(kind, dtype, level):
         assert value[~mask].eq(0).all()
         assert torch.stack(stats)[:, ~mask].eq(0).all()
         assert student.grad[~mask].eq(0).all()
-    assert not student.grad.isnan().any()
+        assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -290,12 +290,7 @@ EVERY = [
     *(k for k, _ in HAND if not isinstance(k, ops.TAID)),
     ops.SoftCrossEntropy(),
     ops.JSD(0.3, normalize=True),
-    ops.MSELogits(),
-    ops.MSELogits("centered"),
-    ops.MSELogits("log_probs"),
-    ops.CosineLogits(),
-    ops.CosineProbs(),
-    ops.StandardizedKL(),
+    *OF_LOGITS,
     *(ops.AlphaBeta(*at) for at in LIMITS),
 ]
 
