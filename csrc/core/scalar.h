@@ -63,9 +63,6 @@ SH_INLINE double fast_exp2(double y) { return std::exp2(y); }
 
 constexpr double kLog2e = 1.44269504088896340736;
 
-SH_INLINE float fast_exp(float x) { return fast_exp2(x * float(kLog2e)); }
-SH_INLINE double fast_exp(double x) { return std::exp(x); }
-
 // log x for positive normal x, absolute error 6e-8 near 1 and relative error 1e-7 elsewhere.
 // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]; log(1 + f) = f - f^2/2 + f^3 P(f).
 template <class Real>

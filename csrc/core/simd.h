@@ -61,8 +61,6 @@ SH_INLINE Float16x fast_exp2(Float16x y) {
   return _mm512_scalef_ps(p.v, y.v);
 }
 
-SH_INLINE Float16x fast_exp(Float16x x) { return fast_exp2(x * Float16x(float(kLog2e))); }
-
 // As the scalar one, step by step.
 SH_INLINE Float16x fast_log(Float16x x) {
   const __m512i base = _mm512_set1_epi32(0x3f3504f3);

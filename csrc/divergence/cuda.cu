@@ -1,7 +1,7 @@
 // The divergence kernels of CUDA: which is launched for which rows, and the ops' registration.
 #include "../core/cuda.h"
+#include "kernel.cuh"
 #include "problem.h"
-#include "row.cuh"
 
 namespace stillhouse {
 namespace {

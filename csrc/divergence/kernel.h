@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../core/rows.h"
-#include "math.h"
+#include "kinds.h"
 
 namespace stillhouse {
 

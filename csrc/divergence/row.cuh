@@ -6,9 +6,7 @@
 //   3. (h - q H) weight, elsewhere
 // Where a row pair stays from pass to pass decides what the passes cost (Hold).
 #pragma once
-#include "../core/block.cuh"
-#include "../core/tile.cuh"
-#include "side.cuh"
+#include "held.cuh"
 
 namespace stillhouse {
 
@@ -19,14 +17,6 @@ struct LabelsOnly : Sum {
 template <class Kind>
 constexpr bool kHasTeacher = !std::is_same<Kind, LabelsOnly>::value;
 
-// Where a row pair stays: in registers beside its exponentials, so that these are taken once; in shared
-// memory as it came, which holds three times as many columns as with exponentials; nowhere, so that
-// every pass reads it again and finds it in L2 at best.
-enum class Hold { registers, shared, nothing };
-
-// Elements of each side that a thread holds in registers, beside their exponentials.
-constexpr int kHeld = 8;
-
 // Plain: no statistics, no labels, no soft-cap, no mixture. Their registers are worth a kernel of its own.
 template <class Real>
 bool is_plain(const Problem<Real>& p) {
@@ -35,22 +25,18 @@ bool is_plain(const Problem<Real>& p) {
 }
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
-struct DeviceRow {
-  using T = Team<kThreads>;
-  using Side = DeviceSide<In, Real, kPlain>;
-  static constexpr int kSize = kChunk<In>;
-  static constexpr bool kRegisters = kHold == Hold::registers;
-  static constexpr int kSlots = kRegisters ? kHeld / kSize : 1;  // chunks a thread holds
+struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>> {
+  using Held = HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>;
+  using Held::each_chunk, Held::load, Held::copy_to_shared, Held::teacher_gain;
+  using Held::kRegisters, Held::kSize, Held::origin;
+  using Held::student, Held::teacher, Held::z, Held::t, Held::z_e, Held::t_e;
+  using typename Held::Side;
+  using typename Held::T;
 
   const Problem<Real>& problem;
   const int64_t r;
-  const SharedPointer<In> shared;  // [2, chunks, kSize] for Hold::shared
-  Side student, teacher;
   KindParams<Real> params;
   double means[2] = {};  // of the tempered logits, for kinds without them
-  Real mix = 1;          // of the teacher in TAID's target
-  int64_t origin = 0, chunks = 0;
-  Real z[kSlots][kSize], t[kSlots][kSize], z_e[kSlots][kSize], t_e[kSlots][kSize];
   Real z_shift = 0, t_shift = 0;
   double z_lse = 0, t_lse = 0;
   RowScalars<Real, Uniform<Real>> scalars;
@@ -66,10 +52,9 @@ struct DeviceRow {
   double sums[kSums] = {};
 
   __device__ DeviceRow(const Problem<Real>& problem, int64_t r, SharedPointer<In> shared)
-      : problem(problem),
+      : Held(problem, r, shared),
+        problem(problem),
         r(r),
-        shared(shared),
-        student(problem.student, r, problem.vocab),
         params(problem.params),
         scalars{1,
                 1,
@@ -81,66 +66,11 @@ struct DeviceRow {
                 Real(0),
                 {Real(0), Real(0)},
                 {Real(0), Real(0)}} {
-    if constexpr (kHasTeacher<Kind>) {
-      const bool is_student = problem.kind == kTAID && problem.params.a == 0;
-      teacher = Side(is_student ? problem.student : problem.teacher, r, problem.vocab);
-      if (problem.kind == kTAID && problem.params.a > 0) mix = problem.params.a;
-    }
-    const int head = student.head();
-    origin = head > 0 ? head - kSize : 0;
-    chunks = (problem.vocab - origin + kSize - 1) / kSize;
-    student.aligned = Side::on_16_bytes(student.row, origin);
-    if constexpr (kHasTeacher<Kind>) teacher.aligned = Side::on_16_bytes(teacher.row, origin);
     if (problem.gradient.data != nullptr) {
       gradient = row_of(problem.gradient, r);
       gradient_aligned = Side::on_16_bytes(gradient, origin);
     }
   }
-
-  // f(slot, first column) for the chunks of this thread.
-  template <class F>
-  __device__ __forceinline__ void each_chunk(F f) {
-    if constexpr (kRegisters) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot)
-        f(slot, origin + (T::rank() + slot * kThreads) * kSize);
-    } else {
-      for (int64_t k = T::rank(); k < chunks; k += kThreads) f(0, origin + k * kSize);
-    }
-  }
-
-  // Where a chunk of a side lies in shared memory.
-  __device__ SharedPointer<In> held(int side, int64_t start) const {
-    return shared + (side * chunks * kSize + start - origin);
-  }
-
-  // The row pair to shared memory. Every thread copies what it will read: no barrier.
-  __device__ void copy_to_shared() {
-    each_chunk([&](int, int64_t start) {
-      student.copy(start, held(0, start));
-      teacher.copy(start, held(1, start));
-    });
-    copy_async_commit();
-    copy_async_wait<0>();
-  }
-
-  __device__ void load(int slot, int64_t start) {
-    if constexpr (kHold == Hold::shared) {
-      Side::widen_all(load_vector(held(0, start)), z[slot]);
-      Side::widen_all(load_vector(held(1, start)), t[slot]);
-      return;
-    }
-    student.load(start, z[slot]);
-    if constexpr (kHasTeacher<Kind>) {
-      teacher.load(start, t[slot]);
-      if (!kPlain && mix < 1) {
-        const Real a = mix * teacher.gain, b = (1 - mix) * student.gain;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) t[slot][i] = mul_add(a, t[slot][i], b * z[slot][i]);
-      }
-    }
-  }
-  __device__ Real teacher_gain() const { return !kPlain && mix < 1 ? Real(1) : teacher.gain; }
 
   // Returns their sum.
   __device__ static Real exponentials(const Real (&x)[kSize], Real shift, Real gain2,
@@ -151,36 +81,62 @@ struct DeviceRow {
     return sum;
   }
 
-  // Sum of f over the columns of a side that are not -inf.
-  template <class F>
-  __device__ double sum_of_finite(const Real (&x)[kSize], F f) {
-    double sum[1] = {0};
-    each_chunk([&](int slot, int64_t start) {
-      load(slot, start);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sum[0] += double(x[i] == -INFINITY ? Real(0) : f(x[i]));
-    });
-    T::reduce(sum, Add());
-    return sum[0];
+  // RowNumbers of the logits, before pass 1.
+  __device__ void numbers_of_logits() {
+    if (Kind::kRow == RowNumbers::means && params.a == 0) return;
+    Moments of_z{}, of_t{};
+    Real z_origin = 0, t_origin = 0;
+    if constexpr (kTakesMean<Kind>) {
+      double s[4] = {};
+      each_chunk([&](int slot, int64_t start) {
+        load(slot, start);
+        add_finite(z[slot], s[0], s[1], [](Real x) { return x; });
+        add_finite(t[slot], s[2], s[3], [](Real x) { return x; });
+      });
+      T::reduce(s, Add());
+      of_z = {s[0], s[1], 0}, of_t = {s[2], s[3], 0};
+      z_origin = Real(s[1] / s[0]), t_origin = Real(s[3] / s[2]);
+    }
+    if constexpr (kTakesSquares<Kind>) {
+      double s[4] = {};
+      each_chunk([&](int slot, int64_t start) {
+        load(slot, start);
+        add_finite(z[slot], s[0], s[1], [=](Real x) { return (x - z_origin) * (x - z_origin); });
+        add_finite(t[slot], s[2], s[3], [=](Real x) { return (x - t_origin) * (x - t_origin); });
+      });
+      T::reduce(s, Add());
+      of_z.squares = s[1], of_t.squares = s[3];
+    }
+    Real of_teacher = 0;
+    means[0] = take_moments<Kind>(of_z, problem.student.temperature, student.gain, params.r[0]);
+    means[1] = take_moments<Kind>(of_t, problem.teacher.temperature, teacher.gain, of_teacher);
+    params.r[1] = of_teacher;
   }
 
-  // RowNumbers of a side's logits; `x` is where load() leaves them. Returns the tempered mean.
-  __device__ double side_numbers(double temperature, Side& side, const Real (&x)[kSize],
-                                 Real& number) {
-    constexpr bool kStandard = Kind::kRow == RowNumbers::standard;
-    const double count = sum_of_finite(x, [](Real) { return Real(1); });
-    const double mean = sum_of_finite(x, [](Real v) { return v; }) / count;
-    const Real center = kStandard ? Real(mean) : Real(0);
-    const double squares = sum_of_finite(x, [=](Real v) { return (v - center) * (v - center); });
-    if constexpr (Kind::kRow == RowNumbers::norms) number = Real(1 / (side.gain * ::sqrt(squares)));
-    if constexpr (kStandard) {
-      side.gain = Real(1 / (temperature * ::sqrt(squares / (count - 1))));
-      number = Real(temperature / ::sqrt(count - 1));
+  template <class F>
+  __device__ static void add_finite(const Real (&x)[kSize], double& count, double& sum, F f) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (x[i] == -INFINITY) continue;
+      count += 1;
+      sum += double(f(x[i]));
     }
-    // An infinite mean is NaN: it makes the whole row NaN.
-    const double share = Kind::kRow == RowNumbers::means ? double(params.a) : 1;
-    if constexpr (Kind::kRow == RowNumbers::norms) return 0;
-    return double(side.gain) * mean * share + (mean - mean);
+  }
+
+  // Those of the probabilities, after it.
+  __device__ void numbers_of_probabilities(Real gain2, Real t_gain2) {
+    if constexpr (Kind::kRow == RowNumbers::means) {  // no sum would tell the row of a NaN
+      means[0] += z_lse - z_lse;
+      means[1] += t_lse - t_lse;
+    }
+    if constexpr (Kind::kRow == RowNumbers::standard)
+      params.r[1] = Real((z_lse - means[0]) - (t_lse - means[1]));
+    if constexpr (Kind::kRow == RowNumbers::probability_norms) {
+      params.r[0] = inverse_probability_norm(z[0], 2 * gain2, student.gain, z_lse);
+      params.r[1] = inverse_probability_norm(t[0], 2 * t_gain2, teacher.gain, t_lse);
+    }
+    scalars.z_mean = minus_two_part<Real>(means[0]);
+    scalars.t_mean = minus_two_part<Real>(means[1]);
   }
 
   // sum q^2 is the sum of exponentials of twice the logits.
@@ -203,15 +159,8 @@ struct DeviceRow {
   // Pass 1.
   __device__ void normalise() {
     const Real plain_gain = student.gain;
-    if constexpr (Kind::kRow != RowNumbers::none && Kind::kRow != RowNumbers::probability_norms) {
-      means[0] = side_numbers(problem.student.temperature, student, z[0], params.r[0]);
-      Real of_teacher;
-      means[1] = side_numbers(problem.teacher.temperature, teacher, t[0], of_teacher);
-      if constexpr (Kind::kRow == RowNumbers::norms) params.r[1] = of_teacher;
-      scalars.z_mean = minus_two_part<Real>(means[0]);
-      scalars.t_mean = minus_two_part<Real>(means[1]);
-    }
-    const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain_or_one() * kLog2e);
+    if constexpr (kTakesMean<Kind> || kTakesSquares<Kind>) numbers_of_logits();
+    const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain() * kLog2e);
     Real own_label_gain2 = 0;
     if (!kPlain && stillhouse::labelled(problem, r)) {
       labelled = true;
@@ -277,10 +226,7 @@ struct DeviceRow {
       scalars.p_factor = Real(1 / totals[1]);
     }
 
-    if constexpr (Kind::kRow == RowNumbers::probability_norms) {
-      params.r[0] = inverse_probability_norm(z[0], 2 * gain2, student.gain, z_lse);
-      params.r[1] = inverse_probability_norm(t[0], 2 * t_gain2, teacher.gain, t_lse);
-    }
+    if constexpr (Kind::kRow != RowNumbers::none) numbers_of_probabilities(gain2, t_gain2);
     const Real of_row = row_weight(problem, r);
     weight = of_row * Real((1 - problem.label_weight) * problem.factor) * student.gain;
     if (!kPlain && labelled) {
@@ -302,11 +248,6 @@ struct DeviceRow {
       }
     }
     if (!kPlain && problem.stats != nullptr) agree(maxima);
-  }
-
-  __device__ Real teacher_gain_or_one() const {
-    if constexpr (kHasTeacher<Kind>) return teacher_gain();
-    return Real(1);
   }
 
   // The first column of each maximum.
@@ -456,46 +397,5 @@ struct DeviceRow {
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
 };
-
-// Rows that do not count, and columns beyond the vocabulary: a gradient of zero.
-template <int kThreads>
-__device__ void zero_columns(const Rows& rows, int64_t r, int64_t from, int64_t to) {
-  with_type(rows.dtype, row_of(rows, r), [&](auto* out) {
-    using Number = decltype(widen(*out));
-    for (int64_t j = from + Team<kThreads>::rank(); j < to; j += kThreads)
-      narrow(Number(0), out[j]);
-  });
-}
-
-// A kernel's block: its threads, and how many blocks an SM must have registers for without spilling.
-template <int kThreads>
-constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
-template <class Kind, int kThreads, Hold kHold, bool kPlain>
-constexpr int kBlocks = !kPlain || kThreads > 256                    ? 1
-                        : kOnePass<Kind> && kHold != Hold::registers ? 3
-                                                                     : 2;
-
-template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Kind, kThreads, kHold, kPlain>))
-    divergence_kernel(const Problem<Real> problem) {
-  SHARED_DYNAMIC(In, shared);
-  const int64_t teams = int64_t(blockDim.x) / kThreads;
-  const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;
-  if (r >= problem.rows) return;  // a whole team
-  const bool counted = counts(problem, r);
-  if (problem.gradient.data != nullptr)
-    zero_columns<kThreads>(problem.gradient, r, counted ? problem.vocab : 0, problem.width);
-  if (!counted) {
-    if (Team<kThreads>::rank() != 0) return;
-    if (problem.value != nullptr) problem.value[r] = 0;
-    for (int i = 0; i < kStats && problem.stats != nullptr; ++i)
-      problem.stats[i * problem.rows + r] = 0;
-    return;
-  }
-  DeviceRow<Kind, Real, In, kThreads, kHold, kPlain> row(problem, r, shared);
-  row.normalise();
-  row.run();
-  row.write();
-}
 
 }  // namespace stillhouse

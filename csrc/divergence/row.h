@@ -32,7 +32,7 @@ struct DivergenceRow {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
     student.as_bf16 = teacher.as_bf16 = all_bf16(r);
     const Source<Real> unchanged = student;
-    numbers_before<Kind>(problem, student, teacher, params, means);
+    numbers_of_logits<Kind>(problem, student, teacher, params, means);
     // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
     const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
     const char* next_student = row_of(problem.student.rows, next);
@@ -40,7 +40,7 @@ struct DivergenceRow {
     t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
                                 {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
-    numbers_after<Kind>(student, z_normaliser, teacher, t_normaliser, w, params);
+    numbers_of_probabilities<Kind>(student, z_normaliser, teacher, t_normaliser, w, params, means);
     label = LabelTerm<Real>(problem, r, unchanged, z_normaliser, w, unchanged.gain == student.gain);
     weight = divergence_weight(problem, r) * student.gain;
     if (problem.gradient.data != nullptr) gradient = row_of(problem.gradient, r);

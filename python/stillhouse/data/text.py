@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,10 @@ def _table(kind: str, files: list[Path]) -> Sequence[Record]:
     if len(empty) == len(files):
         return []
     names = [str(file) for file in files if file not in empty]
+    # What the readers raise is told below, in one line; they would print its traceback before.
+    readers = logging.getLogger("datasets.packaged_modules")
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)
     try:
         return datasets.load_dataset(kind, data_files=names, split="train")
     except Exception as error:
@@ -162,6 +167,8 @@ def _table(kind: str, files: list[Path]) -> Sequence[Record]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ValueError(f"cannot read {', '.join(names)}: {_first_line(cause)}") from error
+    finally:
+        readers.setLevel(level)
 
 
 def _columns(records: Sequence[Record]) -> set[str]:

@@ -58,11 +58,25 @@ class Kind:
         """Of the divergence, in value and gradient, for rows of so many columns."""
         return 1.0
 
+    # The name of the kind E with E(student, teacher) = D(teacher, student), and its parameters from
+    # D's: the student gradient of E is the gradient of D to the teacher.
+    _mirror: ClassVar[str | None] = None
+
+    @staticmethod
+    def _mirrored(a: Number, b: Number) -> tuple[Number, Number]:
+        return a, b
+
     @classmethod
     def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        """The kind E with E(student, teacher) = D(teacher, student), and its parameters: its
-        student gradient is the gradient of D to the teacher. ValueError where there is none."""
-        raise ValueError(f"{cls.__name__} has no gradient to the teacher: detach its logits")
+        """The kind with student and teacher exchanged, and its parameters. Raises ValueError for a
+        kind without a gradient to the teacher."""
+        if cls._mirror is None:
+            raise ValueError(f"{cls.__name__} has no gradient to the teacher: detach its logits")
+        return KINDS[cls._mirror], *cls._mirrored(a, b)
+
+
+def _complement(a: Number, b: Number) -> tuple[Number, Number]:
+    return 1 - a, b
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,7 @@ class ForwardKL(Kind):
     """KL(p || q) = sum p (log p - log q): Hinton's divergence, it covers the teacher's modes."""
 
     number = 1
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return ReverseKL, a, b
+    _mirror = "reverse_kl"
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,7 @@ class ReverseKL(Kind):
     """KL(q || p) = sum q (log q - log p): it seeks modes (MiniLLM, arXiv 2306.08543)."""
 
     number = 2
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return ForwardKL, a, b
+    _mirror = "forward_kl"
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class JSD(Kind):
     """
 
     number = 3
+    _mirror = "jsd"
+    _mirrored = staticmethod(_complement)
     beta: Number = 0.5
     normalize: bool = False
 
@@ -106,21 +116,14 @@ class JSD(Kind):
         smaller = torch.minimum if isinstance(self.beta, torch.Tensor) else min
         return 1 / smaller(self.beta, 1 - self.beta)
 
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return JSD, 1 - a, b
-
 
 @dataclass(frozen=True)
 class SkewKL(Kind):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 4
+    _mirror = "skew_reverse_kl"
     alpha: Number = 0.1
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return SkewReverseKL, a, b
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,8 @@ class SkewReverseKL(Kind):
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 5
+    _mirror = "skew_kl"
     alpha: Number = 0.1
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return SkewKL, a, b
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,7 @@ class TVD(Kind):
     """sum |p - q| / 2, one minus the acceptance rate of speculative sampling."""
 
     number = 7
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return TVD, a, b
+    _mirror = "tvd"
 
 
 @dataclass(frozen=True)
@@ -175,11 +172,9 @@ class SymmetricKL(Kind):
     """(1 - weight) KL(p || q) + weight KL(q || p); weight 0.5 is half of Jeffreys' divergence."""
 
     number = 9
+    _mirror = "symmetric_kl"
+    _mirrored = staticmethod(_complement)
     weight: Number = 0.5
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return SymmetricKL, 1 - a, b
 
 
 @dataclass(frozen=True)
@@ -187,10 +182,7 @@ class Hellinger(Kind):
     """sum (sqrt p - sqrt q)^2, the squared distance without the factor 1/2: in [0, 2]."""
 
     number = 10
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return Hellinger, a, b
+    _mirror = "hellinger"
 
 
 @dataclass(frozen=True)
@@ -206,10 +198,7 @@ class LogAcceptance(Kind):
     """-log sum min(p, q): of the acceptance rate of speculative sampling. Right to 1e-7."""
 
     number = 12
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return LogAcceptance, a, b
+    _mirror = "log_acceptance"
 
 
 @dataclass(frozen=True)
@@ -224,6 +213,8 @@ class AlphaBeta(Kind):
     """
 
     number = 13
+    _mirror = "alpha_beta"
+    _mirrored = staticmethod(lambda a, b: (b, a))
     alpha: Number = 0.2
     beta: Number = 0.7
 
@@ -232,10 +223,6 @@ class AlphaBeta(Kind):
     def _allowed(self, value: float) -> bool:
         return abs(value) < math.inf
 
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return AlphaBeta, b, a
-
 
 @dataclass(frozen=True)
 class Amari(Kind):
@@ -243,16 +230,14 @@ class Amari(Kind):
     alpha -> 1 and to reverse KL for alpha -> 0 (Amari, 1985)."""
 
     number = 14
+    _mirror = "amari"
+    _mirrored = staticmethod(_complement)
     alpha: Number = 0.5
 
     _interval = "the finite numbers other than 0 and 1 (the limits reverse_kl and forward_kl)"
 
     def _allowed(self, value: float) -> bool:
         return abs(value) < math.inf and value not in (0, 1)
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return Amari, 1 - a, b
 
 
 @dataclass(frozen=True)
@@ -276,6 +261,7 @@ class MSELogits(Kind):
     that are -inf on both sides add nothing."""
 
     number = 16
+    _mirror = "mse_logits"
     of: str = "logits"
 
     def __post_init__(self) -> None:
@@ -296,20 +282,13 @@ class MSELogits(Kind):
     def factor(self, columns: int) -> Number:
         return (2.0 if self.of == "log_probs" else 1.0) / columns
 
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return MSELogits, a, b
-
 
 @dataclass(frozen=True)
 class CosineLogits(Kind):
     """1 - <z, t> / (|z| |t|); the temperature cancels. NaN for a row of zeros."""
 
     number = 17
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return CosineLogits, a, b
+    _mirror = "cosine_logits"
 
 
 @dataclass(frozen=True)
@@ -317,10 +296,7 @@ class CosineProbs(Kind):
     """1 - <q, p> / (|q| |p|)."""
 
     number = 18
-
-    @classmethod
-    def exchange(cls, a: Number, b: Number) -> tuple[type[Kind], Number, Number]:
-        return CosineProbs, a, b
+    _mirror = "cosine_probs"
 
 
 @dataclass(frozen=True)
