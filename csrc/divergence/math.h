@@ -42,7 +42,7 @@ struct KindParams {
 template <class Real>
 struct Uniform {
   Real value;
-  SH_INLINE Uniform(Real value) : value(value) {}
+  SH_INLINE Uniform(Real value = 0) : value(value) {}
   SH_INLINE Lane<Real> operator[](int64_t) const { return Lane<Real>(value); }
 };
 

@@ -39,7 +39,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
   double means[2] = {};  // of the tempered logits, for kinds without them
   Real z_shift = 0, t_shift = 0;
   double z_lse = 0, t_lse = 0;
-  RowScalars<Real, Uniform<Real>> scalars;
+  RowScalars<Real, Uniform<Real>> scalars{};
   Real weight = 0;
   bool labelled = false;
   Real label_gain2 = 0, label_factor = 0, label_weight = 0, uniform = 0, label_value = 0;
@@ -52,20 +52,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
   double sums[kSums] = {};
 
   __device__ DeviceRow(const Problem<Real>& problem, int64_t r, SharedPointer<In> shared)
-      : Held(problem, r, shared),
-        problem(problem),
-        r(r),
-        params(problem.params),
-        scalars{1,
-                1,
-                1,
-                {Real(0), Real(0)},
-                {Real(0), Real(0)},
-                {Real(0), Real(0)},
-                Real(0),
-                Real(0),
-                {Real(0), Real(0)},
-                {Real(0), Real(0)}} {
+      : Held(problem, r, shared), problem(problem), r(r), params(problem.params) {
     if (problem.gradient.data != nullptr) {
       gradient = row_of(problem.gradient, r);
       gradient_aligned = Side::on_16_bytes(gradient, origin);
