@@ -30,6 +30,26 @@ struct Team {
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % kThreads; }
 
+  // Sum of x over the threads of lower rank; T is an integer, or the order of additions would show.
+  template <class T>
+  __device__ static T sum_before(T x) {
+    const int warp = rank() / kWarpSize, lane = rank() % kWarpSize;
+    T sum = x;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const T other = __shfl_up_sync(kFullMask, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    if constexpr (kWarps > 1) {
+      SHARED_ARRAY(T, of_warp, kWarps);
+      __syncthreads();  // the last call's readers are done
+      if (lane == kWarpSize - 1) of_warp[warp] = sum;
+      __syncthreads();
+      for (int w = 0; w < warp; ++w) sum += of_warp[w];
+    }
+    return sum - x;
+  }
+
   // x_i of all threads combined, for each i. Op is associative and commutative up to rounding.
   template <int kCount, class T, class Op>
   __device__ static void reduce(T (&x)[kCount], Op op) {

@@ -2,7 +2,7 @@
 // same sources on a CPU. Kernels use what is named here and in block.cuh, and nothing else of CUDA.
 //   thread and block indices; __syncthreads and its _count, _and, _or; __syncwarp; shuffles, ballot,
 //   any, all, match_any with a mask; atomics; __ldg and __constant__ tables; SHARED_ARRAY and
-//   SHARED_DYNAMIC; load_vector and store_vector; tile.cuh
+//   SHARED_DYNAMIC, shared_add; load_vector and store_vector; tile.cuh
 #pragma once
 #include "rows.h"
 
@@ -30,6 +30,16 @@ using SharedPointer = T*;
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared)
 #endif
+
+// array[i] += value, by any thread at any time; returns what was there.
+template <class T>
+__device__ __forceinline__ T shared_add(SharedPointer<T> array, int64_t i, T value) {
+#if defined(STILLHOUSE_SIMT)
+  return atomicAdd<typename SharedPointer<T>::Ref, T>(array[i], value);
+#else
+  return atomicAdd(array + i, value);
+#endif
+}
 
 struct Grid {
   int64_t blocks;

@@ -93,6 +93,27 @@ void block_combine(int64_t n, const Real* q, const Real* h, const Scalar H, cons
   }
 }
 
+// Sums of |p - q|: all, and where the teacher's logit is above the border.
+template <class Real>
+struct Gaps {
+  Lanes<Real> all, above;
+};
+template <class In, class Real, class Scalar>
+Gaps<Real> block_gaps(const Block<In, Real, Scalar> b, Real border) {
+  Gaps<Real> sums;
+  for (int64_t j = 0; j < b.n; j += kLanes) {
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      const auto e = element(b, j, i);
+      const auto gap = magnitude(e.p - e.q);
+      Lane<Real> t;
+      load_step(b.t + j, i, t);
+      sums.all[i] += gap;
+      sums.above[i] += select(t > Lane<Real>(border), gap, Lane<Real>(0));
+    }
+  }
+  return sums;
+}
+
 template <class Real>
 struct StatSums {
   Lanes<Real> acceptance, below, student_entropy, teacher_entropy;

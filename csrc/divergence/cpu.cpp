@@ -56,6 +56,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 #include "numbers.h"
 
+#include "head.h"
+
 #include "row.h"
 
 #include "short.h"

@@ -50,7 +50,10 @@ void choose_full(const Problem<Real>& p, Launcher& launch) {
     if (p.vocab <= kColumns<In, 32> && (p.resident_limit < 0 || p.vocab <= p.resident_limit))
       return launch_rows<Kind, Real, In, 32, Hold::registers, false>(p, launch);
   } else {
-    if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, Hold::nothing, false>(p, launch);
+    // A head is found by a whole block.
+    if constexpr (Kind::kRow != RowNumbers::head) {
+      if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, Hold::nothing, false>(p, launch);
+    }
   }
   launch_rows<Kind, Real, In, 256, Hold::nothing, false>(p, launch);
 }

@@ -5,6 +5,7 @@
 
 #include "../core/rows.h"
 #include "kinds.h"
+#include "order.h"
 
 namespace stillhouse {
 
@@ -50,7 +51,7 @@ SH_INLINE bool labelled(const Problem<Real>& p, int64_t r) {
 template <class Real>
 SH_INLINE bool counts(const Problem<Real>& p, int64_t r) {
   return (p.mask == nullptr || p.mask[r]) && (p.weight == nullptr || p.weight[r] != 0) &&
-         (p.kind != kCrossEntropy || p.labels[r] != -100);
+         (!needs_labels(p.kind) || p.labels[r] != -100);
 }
 template <class Real>
 SH_INLINE Real row_weight(const Problem<Real>& p, int64_t r) {
@@ -74,6 +75,8 @@ struct Workspace {
   Real *q, *p;              // [vocab] exponentials, then q and h; null on the streaming path
   Real *q_shift, *p_shift;  // [blocks] x that a block's exponentials are relative to
   Real* tiles[kTiles];      // [kLanes, padded(vocab)] each, for rows that are taken together
+  Real* keys[2];            // [vocab + 1] each, for kinds that depend on an order
+  int32_t* columns;         // [vocab + 1]
 
   // Lays the parts out from `at`, or from nothing to learn the size; returns the end.
   SH_INLINE Real* lay_out(const Problem<Real>& problem, Real* at) {
@@ -93,6 +96,11 @@ struct Workspace {
       take(p, blocks * kBlock);
     }
     for (Real*& tile : tiles) take(tile, together(problem) ? kLanes * padded(problem.vocab) : 0);
+    const int64_t ordered = problem.kind == kAdaptiveKL ? problem.vocab + 1 : 0;
+    for (Real*& part : keys) take(part, ordered);
+    Real* as_columns;
+    take(as_columns, ordered);
+    columns = reinterpret_cast<int32_t*>(as_columns);
     return at;
   }
 };

@@ -132,6 +132,32 @@ struct SymmetricKL : Sum {
   }
 };
 
+// The same, with the row's own a: how much of sum |p - q| lies outside the teacher's head.
+struct AdaptiveKL : SymmetricKL {
+  static constexpr RowNumbers kRow = RowNumbers::head;
+  // gap: sum |p - q|, of the row and of its tail. c are the coefficients of the reverse KL's series.
+  template <class Number>
+  SH_INLINE static void set_share(KindParams<Number>& k, double tail_gap, double gap) {
+    k.a = Number(select(gap > 0.0, tail_gap / gap, gap));
+    for (int i = 0; i < kTerms; ++i) k.series[i] += k.a * (k.c[i] - k.series[i]);
+  }
+};
+
+// a KL of {y, the rest} + b KL(p || q) of the columns other than the label y, each side on its own with
+// sum 1. The elements are those of the rest; the kernel adds what belongs to column y.
+struct DKD : Sum {
+  static constexpr Form kForm = Form::direct;
+  static constexpr RowNumbers kRow = RowNumbers::label;
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(k.b) * ForwardKL::term(e, k);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
+    return Real(k.r[0]) * e.q - Real(k.b) * e.p;
+  }
+};
+
 // sum (sqrt p - sqrt q)^2
 struct Hellinger : Sum {
   template <class Real, class Number>
@@ -364,9 +390,12 @@ struct StandardizedKL : ForwardKL {
   X(16, MSELogits)             \
   X(17, CosineLogits)          \
   X(18, CosineProbs)           \
-  X(19, StandardizedKL)
+  X(19, StandardizedKL)        \
+  X(20, AdaptiveKL)            \
+  X(21, DKD)
 
-constexpr int kCrossEntropy = 0, kTAID = 6;
+constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21;
+SH_INLINE bool needs_labels(int kind) { return kind == kCrossEntropy || kind == kDKD; }
 
 template <class Kind, class Real, class Number>
 SH_INLINE Real kind_term(const Element<Real>& element, const KindParams<Number>& k) {

@@ -15,7 +15,7 @@ struct LabelTerm {
   LabelTerm() = default;
   LabelTerm(const Problem<Real>& problem, int64_t r, const Source<Real>& student,
             const Normaliser<Real>& student_normaliser, const Workspace<Real>& w,
-            bool same_gain = true) {
+            bool same_normaliser = true) {
     on = labelled(problem, r);
     if (!on) return;
     normaliser = student_normaliser;
@@ -25,7 +25,7 @@ struct LabelTerm {
     source.gain = gain = Real(student.gain * ratio);
     gain2 = source.gain2();
     weight = row_weight(problem, r) * Real(problem.label_weight) * gain;
-    if (ratio != 1 || !same_gain)
+    if (ratio != 1 || !same_normaliser)
       normaliser =
           exponentials<Real>(source, nullptr, nullptr, w.label_e, Prefetch::none(source.row));
     double finite_sum = 0;

@@ -114,8 +114,11 @@ enum class Form { unit, direct, sum, projected };
 //   probability_norms   r = {1 / |q|, 1 / |p|}
 //   standard            means, r[0] = T / sqrt(V - 1), r[1] the difference of the log-sum-exps of logits
 //                       without their means; logits are divided by their standard deviations
+//   head                a becomes the tail's share of sum |p - q|, the head being the teacher's largest
+//                       probabilities whose sum stays within a, and at least the largest
+//   label               both rows without the label's column y; r[0] = b - a (q_y - p_y) of whole rows
 // Columns of -inf are left out.
-enum class RowNumbers { none, means, norms, probability_norms, standard };
+enum class RowNumbers { none, means, norms, probability_norms, standard, head, label };
 
 // Of the logits x of a side that are not -inf: how many, their sum, and that of the squares about the
 // mean (standard) or about 0.
@@ -139,6 +142,43 @@ SH_INLINE double take_moments(const Moments& m, double temperature, Real& gain, 
   }
   return kTakesMean<Kind> ? double(gain) * (m.sum / m.count) : 0;
 }
+
+// A label's column y beside the rest of its row pair, by the tempered logits of y and the log-sum-exps
+// of the rest.
+struct LabelColumn {
+  double q = 0, p = 0, q_rest = 0, p_rest = 0;
+  double z_lse = 0, t_lse = 0;  // of whole rows
+  double kl = 0;                // of {y, the rest}, teacher || student
+
+  LabelColumn() = default;
+  SH_INLINE LabelColumn(double z, double z_rest, double t, double t_rest)
+      : z_lse(log_sum(z, z_rest)), t_lse(log_sum(t, t_rest)) {
+    q = ::exp(z - z_lse), q_rest = ::exp(z_rest - z_lse);
+    p = ::exp(t - t_lse), p_rest = ::exp(t_rest - t_lse);
+    const double difference = t_lse - z_lse;
+    kl = times(p, (t - z) - difference) + times(p_rest, (t_rest - z_rest) - difference);
+  }
+  SH_INLINE static double log_sum(double x, double y) {
+    const double top = larger(x, y);
+    return top > -INFINITY ? top + ::log1p(::exp(-magnitude(x - y))) : x + y;
+  }
+  // Its part of the row's statistics.
+  SH_INLINE double acceptance() const { return q < p ? q : p + (q - q); }
+  SH_INLINE double below() const { return q < p ? q : 0; }
+  SH_INLINE double student_entropy() const { return times(q, -::log(q)); }
+  SH_INLINE double teacher_entropy() const { return times(p, -::log(p)); }
+  // The scalars of the whole row, for an element of the rest.
+  template <class Scalars>
+  SH_INLINE Scalars whole(Scalars row) const {
+    using Scalar = decltype(row.q_factor);
+    using Real = decltype(row.z_gain);
+    row.z_lse = stillhouse::minus_two_part<Real>(z_lse);
+    row.t_lse = stillhouse::minus_two_part<Real>(t_lse);
+    row.q_factor = Scalar(row.q_factor.value * Real(q_rest));
+    row.p_factor = Scalar(row.p_factor.value * Real(p_rest));
+    return row;
+  }
+};
 
 // What most kinds have in common.
 struct Sum {

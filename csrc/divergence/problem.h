@@ -104,8 +104,8 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
   }
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");
-  STD_TORCH_CHECK(a.kind == kCrossEntropy ? a.labels.has_value() : a.teacher.has_value(),
-                  "a divergence needs a teacher, cross-entropy needs labels");
+  STD_TORCH_CHECK(a.labels || !needs_labels(a.kind), "cross-entropy and DKD need labels");
+  STD_TORCH_CHECK(a.teacher || a.kind == kCrossEntropy, "a divergence needs a teacher");
   p.kind = int32_t(a.kind);
   set_params(p.kind, numbers[kParameter], numbers[kSecondParameter], p.params);
   p.factor = numbers[kFactor];

@@ -6,6 +6,7 @@
 //   3. (h - q H) weight, elsewhere
 // Where a row pair stays from pass to pass decides what the passes cost (Hold).
 #pragma once
+#include "head.cuh"
 #include "held.cuh"
 
 namespace stillhouse {
@@ -27,7 +28,7 @@ bool is_plain(const Problem<Real>& p) {
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
 struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>> {
   using Held = HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>;
-  using Held::each_chunk, Held::load, Held::copy_to_shared, Held::teacher_gain;
+  using Held::each_chunk, Held::copy_to_shared, Held::teacher_gain;
   using Held::kRegisters, Held::kSize, Held::origin;
   using Held::student, Held::teacher, Held::z, Held::t, Held::z_e, Held::t_e;
   using typename Held::Side;
@@ -44,6 +45,12 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
   bool labelled = false;
   Real label_gain2 = 0, label_factor = 0, label_weight = 0, uniform = 0, label_value = 0;
   int64_t label = -1;
+  // Of a kind whose rows are without the label's column: that column.
+  static constexpr bool kWithout = Kind::kRow == RowNumbers::label;
+  int64_t without = -1;
+  Real z_without = 0, t_without = 0, label_probability = 0;
+  LabelColumn column;
+  RowScalars<Real, Uniform<Real>> whole{};  // scalars of the rows with it
   Real agreement = 0;
   char* gradient = nullptr;
   bool gradient_aligned = false;
@@ -56,6 +63,15 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
     if (problem.gradient.data != nullptr) {
       gradient = row_of(problem.gradient, r);
       gradient_aligned = Side::on_16_bytes(gradient, origin);
+    }
+  }
+
+  __device__ void load(int slot, int64_t start) {
+    Held::load(slot, start);
+    if constexpr (kWithout) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (start + i == without) z[slot][i] = t[slot][i] = -INFINITY;
     }
   }
 
@@ -143,9 +159,57 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
     return Real(::exp(lse - double(gain) * double(shift) - fast_log(sum[0]) / 2));
   }
 
+  // RowNumbers::head, after pass 1.
+  __device__ void set_share_of_tail(const Real (&maxima)[2]) {
+    const double mu = double(params.a);
+    const Real least = Real((t_lse + ::log(least_in_head(mu, problem.vocab))) / double(teacher.gain));
+    const uint64_t top = order_of(t_shift), most = fixed_mass(mu);
+    const uint64_t bottom = order_of(least - Real(1e-3) * (1 + magnitude(least)));
+    int64_t first[2];
+    first_columns(maxima, first);
+    const auto each = [&](auto f) {  // f(offset, column, probability)
+      each_chunk([&](int slot, int64_t start) {
+        fetch(slot, start);
+        for (int i = 0; i < kSize; ++i) {
+          if (!(t[slot][i] > -INFINITY)) continue;
+          f(top - order_of(t[slot][i]), start + i, element(slot, i));
+        }
+      });
+    };
+    const HeadEnd by_size = find_head_end<kThreads>(top - bottom, most, [&](auto f) {
+      each([&](uint64_t offset, int64_t, const Element<Real>& e) {
+        f(offset, fixed_mass(double(e.p)));
+      });
+    });
+    HeadEnd by_column{0, 0, 0};  // of those that are equal to the border
+    if (by_size.size > 0)
+      by_column = find_head_end<kThreads>(
+          uint64_t(problem.vocab), by_size.room / by_size.size, [&](auto f) {
+            each([&](uint64_t offset, int64_t column, const Element<Real>&) {
+              if (offset == by_size.end) f(uint64_t(column), uint64_t(1));
+            });
+          });
+    double gaps[2] = {};
+    each([&](uint64_t offset, int64_t column, const Element<Real>& e) {
+      const bool in_head = offset < by_size.end || column == first[1] ||
+                           (offset == by_size.end && uint64_t(column) < by_column.end);
+      const double gap = double(magnitude(e.p - e.q));
+      gaps[0] += gap;
+      if (!in_head) gaps[1] += gap;
+    });
+    T::reduce(gaps, Add());
+    AdaptiveKL::set_share(params, gaps[1], gaps[0] + (t_lse - t_lse));
+  }
+
   // Pass 1.
   __device__ void normalise() {
     const Real plain_gain = student.gain;
+    if constexpr (kWithout) {
+      without = problem.labels[r];
+      const bool inside = without >= 0 && without < problem.vocab;
+      z_without = inside ? student.column(without) : Real(NAN);
+      t_without = inside ? teacher.column(without) : Real(NAN);
+    }
     if constexpr (kTakesMean<Kind> || kTakesSquares<Kind>) numbers_of_logits();
     const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain() * kLog2e);
     Real own_label_gain2 = 0;
@@ -214,6 +278,13 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
     }
 
     if constexpr (Kind::kRow != RowNumbers::none) numbers_of_probabilities(gain2, t_gain2);
+    if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail(maxima);
+    if constexpr (kWithout) {
+      column = LabelColumn(double(student.gain) * double(z_without), z_lse,
+                           double(teacher.gain) * double(t_without), t_lse);
+      whole = column.whole(scalars);
+      params.r[0] = Real(double(params.b) - double(params.a) * (column.q - column.p));
+    }
     const Real of_row = row_weight(problem, r);
     weight = of_row * Real((1 - problem.label_weight) * problem.factor) * student.gain;
     if (!kPlain && labelled) {
@@ -221,9 +292,16 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
       T::reduce(parts, Add());
       const Real label_gain =
           Real(plain_gain * (problem.student.temperature / problem.label_temperature));
-      const double lse =
+      double lse =
           own_label_gain2 > 0 ? double(label_gain) * double(z_shift) + fast_log(totals[2]) : z_lse;
       label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
+      if constexpr (kWithout) {
+        parts[0] = z_without;
+        const double of_column = double(label_gain) * double(z_without), of_rest = lse;
+        lse = LabelColumn::log_sum(of_column, of_rest);
+        label_factor *= Real(::exp(of_rest - lse));
+        label_probability = Real(::exp(of_column - lse));
+      }
       label_weight = of_row * Real(problem.label_weight) * label_gain;
       const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
       // A label outside the row cannot raise from here without stopping the stream.
@@ -238,22 +316,34 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
   }
 
   // The first column of each maximum.
+  __device__ void first_columns(const Real (&maxima)[2], int64_t (&first)[2]) {
+    first[0] = first[1] = -problem.vocab;  // negated: the largest is the first
+    each_chunk([&](int slot, int64_t start) {
+      if constexpr (!kRegisters) load(slot, start);
+      for (int i = kSize - 1; i >= 0; --i) {
+        if (start + i < 0 || start + i >= problem.vocab) continue;
+        if (z[slot][i] == maxima[0] && -(start + i) > first[0]) first[0] = -(start + i);
+        if (t[slot][i] == maxima[1] && -(start + i) > first[1]) first[1] = -(start + i);
+      }
+    });
+    T::reduce(first, Largest());
+    first[0] = -first[0], first[1] = -first[1];
+  }
+
   __device__ void agree(const Real (&maxima)[2]) {
     if constexpr (!kHasTeacher<Kind>) {
       agreement = Real(NAN);
-    } else {
-      int64_t first[2] = {-problem.vocab, -problem.vocab};  // negated: the largest is the first
-      each_chunk([&](int slot, int64_t start) {
-        if constexpr (!kRegisters) load(slot, start);
-        for (int i = kSize - 1; i >= 0; --i) {
-          if (start + i < 0 || start + i >= problem.vocab) continue;
-          if (z[slot][i] == maxima[0] && -(start + i) > first[0]) first[0] = -(start + i);
-          if (t[slot][i] == maxima[1] && -(start + i) > first[1]) first[1] = -(start + i);
-        }
-      });
-      T::reduce(first, Largest());
-      agreement = first[0] == first[1];
+      return;
     }
+    int64_t first[2];
+    first_columns(maxima, first);
+    if constexpr (kWithout) {  // of the rest; the label's column may be larger, or as large and before
+      const Real x[2] = {z_without, t_without};
+      for (int side = 0; side < 2; ++side)
+        if (x[side] > maxima[side] || (x[side] == maxima[side] && without < first[side]))
+          first[side] = without;
+    }
+    agreement = first[0] == first[1];
   }
 
   // The logits of a chunk and their exponentials, once more where registers do not hold them.
@@ -276,6 +366,15 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
         const Real q1 = label_factor * fast_exp2((z[slot][i] - z_shift) * label_gain2);
         g[i] += label_weight * (q1 - (z[slot][i] > -INFINITY ? uniform : Real(0)));
         if (start + i == label) g[i] -= label_weight * (1 - Real(problem.label_smoothing));
+      }
+    }
+    if constexpr (kWithout) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (start + i != without) continue;
+        g[i] = weight * Real(double(params.a) * (column.q - column.p));
+        if (labelled) g[i] += label_weight * (label_probability - 1);
+        z[slot][i] = z_without;
       }
     }
     if (!kPlain && student.cap > 0) {
@@ -323,6 +422,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
       sums[kValue] = finished.value;
       weight *= Real(finished.factor);
     }
+    if constexpr (kWithout) sums[kValue] += double(params.a) * column.kl;
     if constexpr (!kOnePass<Kind>) {
       if (!with_gradient) return;
       const Real H = Real(sums[kSlope]);
@@ -345,7 +445,8 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
 
   __device__ void add_statistics(int slot, int i, Real (&part)[kSums]) const {
     if constexpr (kHasTeacher<Kind>) {
-      const Element<Real> e = element(slot, i);
+      const Element<Real> e = make_element(kWithout ? whole : scalars, z[slot][i], t[slot][i],
+                                           z_e[slot][i], t_e[slot][i], 0);
       const bool below = e.q < e.p;
       part[kAcceptance] += below ? e.q : e.p;
       part[kBelow] += below ? e.q : Real(0);
@@ -358,7 +459,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
     }
   }
 
-  __device__ void write() const {
+  __device__ void write() {
     if (T::rank() != 0) return;
     if (problem.value != nullptr) {
       Real value = Real(problem.factor * sums[kValue]);
@@ -372,14 +473,21 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
     if constexpr (!kPlain) write_statistics();
   }
 
-  __device__ void write_statistics() const {
+  __device__ void write_statistics() {
     if (problem.stats == nullptr) return;
     const Real none = kHasTeacher<Kind> ? Real(0) : Real(NAN);
-    constexpr bool kStandard = Kind::kRow == RowNumbers::standard;
-    const double shift[2] = {kStandard ? means[0] : 0, kStandard ? means[1] : 0};
+    double lse[2] = {z_lse, t_lse};
+    if constexpr (Kind::kRow == RowNumbers::standard) lse[0] -= means[0], lse[1] -= means[1];
+    if constexpr (kWithout) {
+      sums[kAcceptance] += column.acceptance();
+      sums[kBelow] += column.below();
+      sums[kStudentEntropy] += column.student_entropy();
+      sums[kTeacherEntropy] += column.teacher_entropy();
+      lse[0] = column.z_lse, lse[1] = column.t_lse;
+    }
     const Real values[kStats] = {Real(sums[kAcceptance]) + none, agreement,
                                  Real(sums[kStudentEntropy]),    Real(sums[kTeacherEntropy]) + none,
-                                 Real(z_lse - shift[0]),         Real(t_lse - shift[1]) + none,
+                                 Real(lse[0]),                   Real(lse[1]) + none,
                                  Real(sums[kBelow]) + none};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }

@@ -16,6 +16,7 @@ struct DivergenceRow {
   Source<Real> student, teacher;
   Normaliser<Real> z_normaliser, t_normaliser;
   LabelTerm<Real> label;
+  LabelColumn column;  // the label's own, for kinds whose rows are without it
   double means[2] = {};  // of the tempered logits, for kinds without them
   Real weight = 0;
   char* gradient = nullptr;
@@ -32,6 +33,8 @@ struct DivergenceRow {
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
     student.as_bf16 = teacher.as_bf16 = all_bf16(r);
     const Source<Real> unchanged = student;
+    if constexpr (Kind::kRow == RowNumbers::label)
+      student.without = teacher.without = problem.labels[r];
     numbers_of_logits<Kind>(problem, student, teacher, params, means);
     // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
     const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
@@ -41,9 +44,17 @@ struct DivergenceRow {
                                 {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
     numbers_of_probabilities<Kind>(student, z_normaliser, teacher, t_normaliser, w, params, means);
-    label = LabelTerm<Real>(problem, r, unchanged, z_normaliser, w, unchanged.gain == student.gain);
+    if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail();
+    if constexpr (Kind::kRow == RowNumbers::label) set_label_column();
+    const bool same = unchanged.gain == student.gain && student.without < 0;
+    label = LabelTerm<Real>(problem, r, unchanged, z_normaliser, w, same);
     weight = divergence_weight(problem, r) * student.gain;
     if (problem.gradient.data != nullptr) gradient = row_of(problem.gradient, r);
+  }
+
+  bool top_columns_agree() const {
+    Source<Real> z = student.whole(w.gradient), t = teacher.whole(w.label_e);
+    return first_argmax(z) == first_argmax(t);
   }
 
   // Passes 2 and 3.
@@ -58,6 +69,7 @@ struct DivergenceRow {
       sums.value = finished.value;
       weight *= Real(finished.factor);
     }
+    if constexpr (Kind::kRow == RowNumbers::label) sums.value += double(params.a) * column.kl;
     if (kOnePass<Kind> || gradient == nullptr) return;
     for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
   }
@@ -109,11 +121,60 @@ struct DivergenceRow {
     return b;
   }
 
+  // RowNumbers::head.
+  void set_share_of_tail() {
+    const Head<Real> head = find_head(teacher, t_normaliser, double(params.a), w);
+    double gap = 0, in_head = 0;
+    const auto add = [&](const auto& b) {
+      const Gaps<Real> gaps = block_gaps(b, head.border);
+      gap += fold_sum(gaps.all);
+      in_head += fold_sum(gaps.above);
+    };
+    for (int64_t start = 0; start < problem.vocab; start += kBlock) {
+      if constexpr (sizeof(Real) == 4) {
+        if (plain<Bf16>(start)) {
+          add(block(start, student.template plain_block<Bf16>(start),
+                    teacher.template plain_block<Bf16>(start)));
+          continue;
+        }
+      }
+      add(block(start, student.load(start), teacher.load(start)));
+    }
+    const auto probability = [](const Source<Real>& side, const Normaliser<Real>& normaliser,
+                                int64_t j) {
+      const Exponent<Real> exponent(side.gain2(), normaliser.shift);
+      return normaliser.factor * fast_exp2(exponent(side.at_column(j)));
+    };
+    for (int64_t i = 0; i < head.tied; ++i)
+      in_head += magnitude(probability(teacher, t_normaliser, head.ties[i]) -
+                           probability(student, z_normaliser, head.ties[i]));
+    AdaptiveKL::set_share(params, gap - in_head, gap);
+  }
+
+  // RowNumbers::label.
+  void set_label_column() {
+    const int64_t y = student.without;
+    column = LabelColumn(double(student.gain) * student.at_column(y), z_normaliser.lse,
+                         double(teacher.gain) * teacher.at_column(y), t_normaliser.lse);
+    params.r[0] = Real(double(params.b) - double(params.a) * (column.q - column.p));
+  }
+
+  // In a block of its gradient that is still in the buffer, and in that of the student.
+  void add_label_column(int64_t start, Real* g) {
+    const int64_t at = student.without - start;
+    if (at < 0 || at >= student.columns(start)) return;
+    g[at] = weight * Real(double(params.a) * (column.q - column.p));
+    student.buffer[at] = student.at_column(student.without);
+    student.in_buffer = -1;
+  }
+
   // Pass 2 on a block. Out: where a gradient of known H goes.
   template <class In, class Out>
   void terms(const RowBlock<In>& b, Out* out) {
     if (problem.stats != nullptr) {
-      const StatSums<Real> s = block_stats(b);
+      RowBlock<In> whole = b;
+      if constexpr (Kind::kRow == RowNumbers::label) whole.row = column.whole(b.row);
+      const StatSums<Real> s = block_stats(whole);
       sums.acceptance += fold_sum(s.acceptance);
       sums.below += fold_sum(s.below);
       sums.student_entropy += fold_sum(s.student_entropy);
@@ -142,8 +203,9 @@ struct DivergenceRow {
     const bool direct = plain<Real>(start);
     Real* out = direct ? reinterpret_cast<Real*>(gradient) + start : w.gradient;
     terms(b, out);
-    if (kOnePass<Kind> && gradient != nullptr && !direct)
-      finish_gradient(student, label, start, b.z, out, problem.gradient.dtype, gradient);
+    if (!kOnePass<Kind> || gradient == nullptr || direct) return;
+    if constexpr (Kind::kRow == RowNumbers::label) add_label_column(start, out);
+    finish_gradient(student, label, start, b.z, out, problem.gradient.dtype, gradient);
   }
 
   // Pass 3 on a block, from scratch or, without it, once more from the logits.
@@ -182,17 +244,24 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
   DivergenceRow<Kind, Real> row(problem, r, next, w);
   // Before pass 2, which may write the gradient over the student.
   const Real agreement =
-      problem.stats != nullptr && first_argmax(row.student) == first_argmax(row.teacher);
+      problem.stats != nullptr && row.top_columns_agree();
   row.run();
-  const Sums& sums = row.sums;
-  const bool standard = Kind::kRow == RowNumbers::standard;
-  const double shift[2] = {standard ? row.means[0] : 0, standard ? row.means[1] : 0};
+  Sums& sums = row.sums;
+  double lse[2] = {row.z_normaliser.lse, row.t_normaliser.lse};
+  if (Kind::kRow == RowNumbers::standard) lse[0] -= row.means[0], lse[1] -= row.means[1];
+  if constexpr (Kind::kRow == RowNumbers::label) {
+    sums.acceptance += row.column.acceptance();
+    sums.below += row.column.below();
+    sums.student_entropy += row.column.student_entropy();
+    sums.teacher_entropy += row.column.teacher_entropy();
+    lse[0] = row.column.z_lse, lse[1] = row.column.t_lse;
+  }
   write_value(problem, r, sums.value, row.label);
   if (problem.stats != nullptr)
     write_stats<Real>(problem, r,
                       {Real(sums.acceptance), agreement, Real(sums.student_entropy),
-                       Real(sums.teacher_entropy), Real(row.z_normaliser.lse - shift[0]),
-                       Real(row.t_normaliser.lse - shift[1]), Real(sums.below)});
+                       Real(sums.teacher_entropy), Real(lse[0]), Real(lse[1]),
+                       Real(sums.below)});
 }
 
 // Cross-entropy to labels: the label term alone, one side.

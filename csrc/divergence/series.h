@@ -102,6 +102,13 @@ void set_params(int kind, double a, double b, KindParams<Real>& params) {
     case 9:
       d = combine(1 - a, forward(), a, reverse());
       break;
+    case 20:  // 9 with a's of the rows: both parts, to be mixed by the kernel
+      d = forward();
+      for (int i = 0; i < Sum::kTerms; ++i) c[i] = reverse()[i + 2];
+      break;
+    case 21:
+      d = combine(b, forward(), 0, one);
+      break;
     case 10: {  // q (E^(1/2) - 1)^2
       const Series half = combine(1, exp_series(0.5), -1, one);
       d = multiply(half, half);
@@ -132,7 +139,9 @@ void set_params(int kind, double a, double b, KindParams<Real>& params) {
   params.b = Real(b);
   for (int i = 0; i < kCoefficients; ++i) params.c[i] = Real(c[i]);
   for (int i = 0; i < kMostTerms; ++i) params.series[i] = Real(d[i + 2]);
-  params.near = Real(near_limit(d, terms, sizeof(Real) == 4 ? 1e-6 : 1e-15));
+  const double share = sizeof(Real) == 4 ? 1e-6 : 1e-15;
+  params.near = Real(near_limit(d, terms, share));
+  if (kind == 20) params.near = Real(std::fmin(params.near, near_limit(reverse(), terms, share)));
 }
 
 }  // namespace stillhouse

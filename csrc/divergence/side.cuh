@@ -53,6 +53,12 @@ struct DeviceSide {
     return x;
   }
 
+  // The logit of one column, as load() makes it.
+  __device__ Real column(int64_t j) const {
+    const Real x = at(j);
+    return !kPlain && cap > 0 && x > -INFINITY ? cap * tanh(scale * x / cap) : x;
+  }
+
   __device__ static void widen_all(const Vector16<In>& v, Real (&x)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) x[i] = Real(widen(v.at[i]));

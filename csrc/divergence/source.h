@@ -105,6 +105,7 @@ struct Source {
   Real gain = 1, scale = 1, cap = 0;
   Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
   Real weight = 1, own_gain = 1;
+  int64_t without = -1;  // a column that is taken as -inf
 
   Source() = default;
   Source(const Logits& logits, int64_t r, int64_t vocab, Real* buffer)
@@ -143,6 +144,13 @@ struct Source {
 
   Real gain2() const { return Real(gain * kLog2e); }  // tempered logits in powers of two
 
+  // All columns.
+  Source whole(Real* other) const {
+    Source copy = with_buffer(other);
+    copy.without = -1;
+    return copy;
+  }
+
   // log of what an exponential of 1 relative to `shift` stands for.
   double origin(Real shift) const {
     double residue = 0;  // of the rounded offset; the product of two floats is exact in double
@@ -155,7 +163,8 @@ struct Source {
 
   // Whether a block's x are the row's own elements, all lanes of them.
   bool plain(int64_t start) const {
-    return cap == 0 && student == nullptr && columns(start) % kLanes == 0;
+    return cap == 0 && student == nullptr && columns(start) % kLanes == 0 &&
+           !(without >= start && without < start + kBlock);
   }
   template <class In>
   const In* plain_block(int64_t start) const {
@@ -175,7 +184,14 @@ struct Source {
         if (buffer[j] > -INFINITY) buffer[j] = cap * std::tanh(scale * buffer[j] / cap);
     }
     if (student != nullptr) mix(start, end);
+    if (without >= start && without < start + n) buffer[without - start] = -INFINITY;
     return buffer;
+  }
+
+  Real at_column(int64_t j) const {
+    Real x = 0;
+    with_type(dtype, row, [&](auto* in) { x = Real(widen(in[j])); });
+    return cap > 0 && x > -INFINITY ? cap * std::tanh(scale * x / cap) : x;
   }
 
   Real top(int64_t start) {

@@ -71,8 +71,22 @@ ROWS = [
     (ValueError, r'MSELogits.of must be "logits", .* got 2', lambda: ops.MSELogits(2)),
     *(
         (ValueError, "no gradient to the teacher", lambda k=k: ops.divergence(Z, LEAF, k))
-        for k in ("soft_cross_entropy", "chi2", "renyi", "standardized_kl")
+        for k in ("soft_cross_entropy", "chi2", "renyi", "standardized_kl", "adaptive_kl")
     ),
+    (ValueError, "DKD needs labels", lambda: ops.divergence(Z, T, "dkd")),
+    (ValueError, "DKD needs labels", lambda: ops.divergence_loss(Z, T, "dkd")),
+    (
+        RuntimeError,
+        r"label 30 of row 3 is outside \[0, 30\)",
+        lambda: ops.divergence(Z, T, "dkd", labels=Y * 10),
+    ),
+    (
+        ValueError,
+        "DKD has no gradient to the teacher",
+        lambda: ops.divergence(Z, LEAF, "dkd", labels=Y),
+    ),
+    (ValueError, "DKD.beta must lie in the finite", lambda: ops.DKD(1.0, -1.0)),
+    (ValueError, r"AdaptiveKL.mu must lie in \(0, 1\)", lambda: ops.AdaptiveKL(1.0)),
     (ValueError, r"TAID.t must lie in \[0, 1\], got 1.1", lambda: ops.TAID(1.1)),
     (ValueError, "must be one number", lambda: ops.TAID(torch.zeros(2))),
     (ValueError, "label_smoothing must lie", lambda: ops.CrossEntropy(1.0)),

@@ -42,6 +42,9 @@ KINDS = [
     ops.CosineLogits(),
     ops.CosineProbs(),
     ops.StandardizedKL(),
+    ops.AdaptiveKL(),
+    ops.AdaptiveKL(0.9),
+    ops.DKD(),
 ]
 POWERS = (ops.AlphaBeta, ops.Amari, ops.Renyi, ops.Chi2)
 WIDTHS = [1, 2, 7, 31, 49, 123, 252, 507, 1000, 2048, 2049, 5003]
@@ -89,9 +92,19 @@ def logits(rows, width, dtype, scale=3.0):
     return (torch.randn(rows, width) * scale).to(_device, dtype)
 
 
+def labels_for(kind, teacher, arguments):
+    """Some of the teacher's own choice, if the kind wants any."""
+    if not isinstance(kind, ops.DKD):
+        return {}
+    shown = teacher[..., : arguments.get("vocab_size", teacher.shape[-1])].cpu()
+    labels = torch.randint(0, shown.shape[-1], shown.shape[:-1])
+    return {"labels": torch.where(torch.rand(labels.shape) < 0.5, labels, shown.argmax(-1))}
+
+
 def compare(student, teacher, kind, mask=None, **arguments):
     """Value, statistics and student gradient of the op, against the reference in float64."""
     student = student.detach().requires_grad_()
+    arguments = labels_for(kind, teacher, arguments) | arguments
     placed = {k: v.to(_device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     on_device = None if mask is None else mask.to(_device)
     value, stats = ops.divergence(
@@ -151,8 +164,8 @@ def compare(student, teacher, kind, mask=None, **arguments):
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_widths(kind, dtype, level, path):
     for width in widths(level):
-        if width < 7 and isinstance(kind, ops.CosineLogits | ops.StandardizedKL):
-            continue  # a row of one has no variance, and no direction that could change
+        if width < 7 and isinstance(kind, ops.CosineLogits | ops.StandardizedKL | ops.DKD):
+            continue  # a row of one has no variance, no direction, no rest
         rows = (9 if level == "simt" else 75) if width < 300 else 3
         compare(logits(rows, width, dtype), logits(rows, width, dtype), kind)
 
@@ -239,8 +252,10 @@ def test_masked_rows_are_not_read(kind, dtype, level):
         compare(student, teacher, kind, mask=mask)
         student[~mask], teacher[~mask] = torch.nan, torch.nan
         student.requires_grad_()
+        labels = labels_for(kind, teacher, {}).get("labels")
+        labels = labels if labels is None else labels.to(_device)
         value, stats = ops.divergence(
-            student, teacher, kind, mask=mask.to(_device), return_stats=True
+            student, teacher, kind, mask=mask.to(_device), labels=labels, return_stats=True
         )
         value.sum().backward()
         mask = mask.to(_device)

@@ -22,6 +22,7 @@ KINDS = [
     ops.MSELogits("centered"),
     ops.CosineProbs(),
     ops.StandardizedKL(),
+    ops.AdaptiveKL(),
 ]
 # Of powers: an equal probability is an equal power but for its rounding.
 POWERS = (ops.LogAcceptance, ops.AlphaBeta, ops.Amari, ops.Renyi)

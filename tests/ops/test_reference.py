@@ -86,6 +86,7 @@ HAND = [
     (ops.Amari(0.5), 0.171573),
     (ops.Renyi(0.5), 0.087681),
     (ops.Renyi(2.0), 0.318454),
+    (ops.AdaptiveKL(0.5), 0.173287),
 ]
 
 
@@ -292,7 +293,10 @@ EVERY = [
     ops.JSD(0.3, normalize=True),
     *OF_LOGITS,
     *(ops.AlphaBeta(*at) for at in LIMITS),
+    ops.DKD(),
 ]
+# Its weights are constants: test_order.py.
+EVERY.remove(ops.AdaptiveKL(0.5))
 
 
 @pytest.mark.parametrize("at", ["random", "masked", "near", "large"])
@@ -314,7 +318,8 @@ def test_gradients_by_finite_differences(kind, at):
     def function(z, t):
         whole = [torch.full((3, 17), -torch.inf, dtype=torch.float64) for _ in range(2)]
         filled = [w.masked_scatter(finite, x) for w, x in zip(whole, (z, t), strict=True)]
-        return ops.divergence(*filled, kind, temperature=2.5)
+        labels = torch.tensor([3, 4, 16]) if kind.needs_labels else None
+        return ops.divergence(*filled, kind, temperature=2.5, labels=labels)
 
     assert torch.autograd.gradcheck(function, inputs, eps=1e-5, atol=1e-6, rtol=1e-6)
 

@@ -6,7 +6,9 @@ from .kinds import (
     JSD,
     KINDS,
     TAID,
+    DKD,
     TVD,
+    AdaptiveKL,
     AlphaBeta,
     Amari,
     Chi2,
@@ -29,10 +31,12 @@ from .kinds import (
 )
 
 __all__ = [
+    "DKD",
     "JSD",
     "KINDS",
     "TAID",
     "TVD",
+    "AdaptiveKL",
     "AlphaBeta",
     "Amari",
     "Chi2",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .divergence_arguments import Call, check_call, check_rows, positive
 from .divergence_autograd import LossWithGradient, divergence_rows, has_kernel
-from .kinds import CrossEntropy, Kind, Number
+from .kinds import Kind, Number
 
 
 class Stats(NamedTuple):
@@ -63,7 +63,7 @@ def divergence(
             (student, teacher).
         logit_scale: factor of the logits, applied before the soft-cap; a pair is
             (student, teacher).
-        labels: int64 [...] for `CrossEntropy`; -100 = the row is not counted.
+        labels: int64 [...] for `CrossEntropy` and `DKD`; -100 = the row is not counted.
         return_stats: also return `Stats`.
 
     Returns:
@@ -96,9 +96,9 @@ def divergence(
         labels,
         0.0,
     )
-    if labels is not None and call.kind.needs_teacher:
+    if labels is not None and not call.kind.needs_labels:
         raise ValueError(
-            f"{type(call.kind).__name__} takes no labels: CrossEntropy does, and "
+            f"{type(call.kind).__name__} takes no labels: CrossEntropy and DKD do, and "
             "divergence_loss mixes a label term with label_weight="
         )
     if mask is not None:
@@ -140,8 +140,8 @@ def divergence_loss(
         weight: float [...], a weight for each row; 0 = not read. Not differentiable.
         denominator: divide by this number (or 0-d tensor) instead of sum_n w_n, for example by the
             token count of all processes.
-        labels: int64 [...]; a row with -100 has no label term (under `CrossEntropy` it does not
-            count).
+        labels: int64 [...]; a row with -100 has no label term (under `CrossEntropy` and `DKD` it
+            does not count).
         label_weight: share of the label term, in [0, 1].
         reduction: "mean" or "sum" (no division).
         inplace_grad: write the gradient over `student_logits`.
@@ -224,7 +224,7 @@ def _row_weight(
     if mask is not None:
         check_rows("mask", mask, call.student, torch.bool)
         w = torch.where(mask, w, 0)
-    if isinstance(call.kind, CrossEntropy):
+    if call.kind.needs_labels:
         w = torch.where(call.labels != -100, w, 0)
     if reduction == "sum":
         return w

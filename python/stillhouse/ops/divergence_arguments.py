@@ -112,8 +112,8 @@ def check_call(
         raise ValueError(f"vocab_size must lie in [1, {width}], got {vocab_size}")
     if labels is not None:
         check_rows("labels", labels, student, torch.int64)
-    elif isinstance(kind, CrossEntropy):
-        raise ValueError("CrossEntropy needs labels: int64, one a row, -100 for none")
+    elif kind.needs_labels:
+        raise ValueError(f"{type(kind).__name__} needs labels: int64, one a row, -100 for none")
     if not isinstance(label_weight, Tensor) and not 0 <= label_weight <= 1:
         raise ValueError(f"label_weight must lie in [0, 1], got {label_weight}")
 

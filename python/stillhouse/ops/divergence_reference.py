@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .divergence_arguments import Call
-from .kinds import TAID
+from .kinds import DKD, TAID
 
 
 def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,9 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
         lq = torch.log_softmax(z / temperature, -1)
         if number in _OF_LOGITS:
             value = _OF_LOGITS[number](z / temperature, target, a)
+        elif isinstance(call.kind, DKD):
+            value = _decoupled(lq, lp, call.labels.clamp(min=0), a, b)
+            mask = _and(mask, call.labels != -100)
         else:
             value = _REFERENCE[number](lq, lp, a, b).sum(-1)
         if number in _FINISH:
@@ -44,7 +47,7 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
         value = (1 - label_weight) * factor * value
         if want_stats:
             stats = _reference_stats(lq, lp, z / temperature, target)
-    if call.labels is not None:
+    if call.labels is not None and (label_weight > 0 or not call.kind.needs_teacher):
         label_temperature = 1 if call.kind.needs_teacher else temperature
         lq = torch.log_softmax(z / label_temperature, -1)
         has_label = call.labels != -100
@@ -84,6 +87,40 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
     """x - y where x > -inf, else 0 (its mass is zero there)."""
     shown = x > -torch.inf
     return torch.where(shown, torch.where(shown, x, 0) - torch.where(shown, y, 0), 0)
+
+
+def _and(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other
+
+
+def _head(lp: Tensor, mu: Tensor) -> Tensor:
+    """Bool [..., V]: the largest probabilities, equal ones by column, whose sum stays within mu."""
+    ordered, columns = lp.exp().sort(dim=-1, descending=True, stable=True)
+    head = ordered.cumsum(-1) <= mu
+    head[..., 0] = True
+    return torch.zeros_like(head).scatter(-1, columns, head)
+
+
+def _adaptive_kl(lq: Tensor, lp: Tensor, mu: Tensor) -> Tensor:
+    gap = (lp.exp() - lq.detach().exp()).abs()
+    of_tail = torch.where(_head(lp, mu), 0, gap).sum(-1, keepdim=True)
+    weight = of_tail / gap.sum(-1, keepdim=True).clamp(min=torch.finfo(gap.dtype).tiny)
+    return (1 - weight) * _times(lp, _minus(lp, lq)) + weight * _times(lq, _minus(lq, lp))
+
+
+def _decoupled(lq: Tensor, lp: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = labels[..., None]
+    is_label = torch.zeros_like(lq, dtype=torch.bool).scatter(-1, y, True)
+
+    def parts(log_p: Tensor) -> tuple[Tensor, Tensor]:  # log-probabilities of {y, rest}, and in the rest
+        rest = log_p.masked_fill(is_label, -torch.inf)
+        total = rest.logsumexp(-1, keepdim=True)
+        return torch.cat([log_p.gather(-1, y), total], -1), rest - total
+
+    (q2, q_rest), (p2, p_rest) = parts(lq), parts(lp)
+    two = _times(p2, _minus(p2, q2)).sum(-1)
+    rest = _times(p_rest, _minus(p_rest, q_rest)).sum(-1)
+    return a * two + b * rest
 
 
 def _power(lp: Tensor, lq: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -131,6 +168,7 @@ _REFERENCE = {  # kind number -> (lq, lp, two parameters) -> summands [..., V]
     15: lambda lq, lp, a, b: _power(lp, lq, a, 1 - a),
 }
 _REFERENCE[19] = _REFERENCE[1]
+_REFERENCE[20] = lambda lq, lp, a, b: _adaptive_kl(lq, lp, a)
 _STANDARDIZED = 19
 
 

@@ -22,6 +22,7 @@ class Kind:
 
     number: ClassVar[int]  # of the kernel's table, csrc/divergence/math.h
     needs_teacher: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -178,6 +179,39 @@ class SymmetricKL(Kind):
 
 
 @dataclass(frozen=True)
+class AdaptiveKL(Kind):
+    """(1 - w) KL(p || q) + w KL(q || p), w the share of sum |p - q| that lies outside the teacher's
+    head, a constant for the gradient (AKL, arXiv 2404.02657, eq. 8).
+
+    The head: the teacher's largest probabilities, in order, as long as their sum stays within `mu`,
+    and at least the first; equal ones by column.
+    """
+
+    number = 20
+    mu: Number = 0.5
+
+
+@dataclass(frozen=True)
+class DKD(Kind):
+    """alpha KL of {y, the rest} + beta KL of the columns other than the label y, each side with sum
+    1 there (TCKD and NCKD of decoupled knowledge distillation, arXiv 2203.08679, eq. 7).
+
+    Needs `labels`; -100 = row not counted. (1, 1 - p_y) would be forward KL. NaN for a row whose
+    only finite column is the label's.
+    """
+
+    number = 21
+    needs_labels = True
+    alpha: Number = 1.0
+    beta: Number = 8.0
+
+    _interval = "the finite numbers from 0 on"
+
+    def _allowed(self, value: float) -> bool:
+        return 0 <= value < math.inf
+
+
+@dataclass(frozen=True)
 class Hellinger(Kind):
     """sum (sqrt p - sqrt q)^2, the squared distance without the factor 1/2: in [0, 2]."""
 
@@ -314,6 +348,7 @@ class CrossEntropy(Kind):
 
     number = 0
     needs_teacher = False
+    needs_labels = True
     label_smoothing: Number = 0.0
 
     _interval = "[0, 1)"

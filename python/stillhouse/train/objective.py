@@ -69,7 +69,7 @@ def row_loss(
     `batch["denominator"]` the mean is over this batch's rows; `batch["vocab_size"]` leaves padded
     columns out.
     """
-    is_labelled = label_weight != 0 or isinstance(ops.as_kind(kind), ops.CrossEntropy)
+    is_labelled = label_weight != 0 or ops.as_kind(kind).needs_labels
     return ops.divergence_loss(
         student.logits,
         _teacher_logits(student, teacher),

@@ -1,0 +1,31 @@
+// Order without a sort: which of a row's logits are its largest (RowNumbers::head of math.h).
+// Numbers are taken as integers of the same order, and a histogram over a range of them shows in which
+// narrower range the border lies, until few are left.
+#pragma once
+#include "../core/scalar.h"
+
+namespace stillhouse {
+
+// As unsigned integers of the same order; -0 right below 0.
+SH_INLINE uint64_t order_of(float x) {
+  const uint32_t bits = as_bits(x);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+SH_INLINE uint64_t order_of(double x) {
+  const uint64_t bits = __builtin_bit_cast(uint64_t, x);
+  return bits ^ (bits >> 63 ? ~uint64_t(0) : uint64_t(1) << 63);
+}
+
+// So that 0 ... span fall into `bins` bins when shifted to the right.
+SH_INLINE int bin_shift(uint64_t span, uint64_t bins) {
+  int shift = 0;
+  while (span >> shift >= bins) ++shift;
+  return shift;
+}
+
+// Columns below this probability are not in the head: of V of them together there is too little.
+SH_INLINE double least_in_head(double mass, int64_t columns) {
+  return (1 - mass) / double(columns);
+}
+
+}  // namespace stillhouse
