@@ -62,6 +62,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 #include "short.h"
 
+#include "sorted.h"
+
 void zero(char* row, int64_t from, int64_t to, int64_t size) {
   for (int64_t i = from * size; i < to * size; ++i) row[i] = 0;
 }
@@ -102,6 +104,10 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
     case kCrossEntropy:
       for (int64_t r = lo; r < hi; ++r)
         if (counts(problem, r)) label_row(problem, r, w);
+      break;
+    case kULD:
+      for (int64_t r = lo; r < hi; ++r)
+        if (counts(problem, r)) sorted_row<Real>(problem, r, w);
       break;
 #define SH_CASE(number, Kind)                     \
   case number:                                    \

@@ -68,7 +68,8 @@ Head<Real> find_head(Source<Real>& teacher, const Normaliser<Real>& normaliser, 
                      const Workspace<Real>& w) {
   constexpr int kBins = 1024, kFew = 16;
   const double least = (normaliser.lse + std::log(least_in_head(most, teacher.vocab))) / teacher.gain;
-  Candidates<Real> c{w.keys[0], w.keys[1], w.columns};
+  Candidates<Real> c{w.order, w.order + w.order_part,
+                     reinterpret_cast<int32_t*>(w.order + 2 * w.order_part)};
   c.gather(teacher, Real(least) - Real(1e-3) * (1 + magnitude(Real(least))));
   c.normalise(teacher, normaliser);
   double mass = 0;  // of those that were found to be in the head

@@ -22,6 +22,7 @@ template <class Real>
 struct Problem {
   Logits student, teacher;  // teacher.rows.data is null for cross-entropy
   int64_t vocab;            // columns read; the gradient is zero beyond
+  int64_t teacher_vocab;    // the same, but for a kind that sorts
   int64_t width;            // columns of the student
   int32_t kind;
   KindParams<Real> params;
@@ -66,6 +67,8 @@ SH_INLINE bool together(const Problem<Real>& p) {
   return p.vocab <= p.short_limit && p.kind != kCrossEntropy;
 }
 
+constexpr int kOrderParts = 9;
+
 // A thread's scratch.
 template <class Real>
 struct Workspace {
@@ -75,12 +78,14 @@ struct Workspace {
   Real *q, *p;              // [vocab] exponentials, then q and h; null on the streaming path
   Real *q_shift, *p_shift;  // [blocks] x that a block's exponentials are relative to
   Real* tiles[kTiles];      // [kLanes, padded(vocab)] each, for rows that are taken together
-  Real* keys[2];            // [vocab + 1] each, for kinds that depend on an order
-  int32_t* columns;         // [vocab + 1]
+  Real* order;              // [kOrderParts, order_part], for kinds that depend on an order
+  int64_t order_part;
 
   // Lays the parts out from `at`, or from nothing to learn the size; returns the end.
   SH_INLINE Real* lay_out(const Problem<Real>& problem, Real* at) {
-    const int64_t blocks = problem.vocab / kBlock + 1;
+    const int64_t longer =
+        problem.vocab > problem.teacher_vocab ? problem.vocab : problem.teacher_vocab;
+    const int64_t blocks = longer / kBlock + 1;
     const auto take = [&at](Real*& part, int64_t n) {
       part = at;
       at += (n + 15) / 16 * 16;
@@ -91,16 +96,13 @@ struct Workspace {
     take(q_shift, blocks);
     take(p_shift, blocks);
     q = p = nullptr;
-    if (problem.vocab <= problem.resident_limit) {
+    if (problem.vocab <= problem.resident_limit || problem.kind == kULD) {
       take(q, blocks * kBlock);
       take(p, blocks * kBlock);
     }
     for (Real*& tile : tiles) take(tile, together(problem) ? kLanes * padded(problem.vocab) : 0);
-    const int64_t ordered = problem.kind == kAdaptiveKL ? problem.vocab + 1 : 0;
-    for (Real*& part : keys) take(part, ordered);
-    Real* as_columns;
-    take(as_columns, ordered);
-    columns = reinterpret_cast<int32_t*>(as_columns);
+    order_part = padded(longer + 1);
+    take(order, problem.kind == kAdaptiveKL || problem.kind == kULD ? kOrderParts * order_part : 0);
     return at;
   }
 };

@@ -369,8 +369,9 @@ struct StandardizedKL : ForwardKL {
   }
 };
 
-// X(number, type); the numbers are those of stillhouse.ops.kinds. Cross-entropy to labels, number
-// 0, has no teacher: it is the label term of the kernel alone.
+// X(number, type); the numbers are those of stillhouse.ops.kinds. Two are not sums over pairs of
+// columns and have kernels of their own: cross-entropy to labels, number 0, and the divergence of sorted
+// rows, number 22.
 #define SH_DIVERGENCE_KINDS(X) \
   X(1, ForwardKL)              \
   X(2, ReverseKL)              \
@@ -394,7 +395,7 @@ struct StandardizedKL : ForwardKL {
   X(20, AdaptiveKL)            \
   X(21, DKD)
 
-constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21;
+constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21, kULD = 22;
 SH_INLINE bool needs_labels(int kind) { return kind == kCrossEntropy || kind == kDKD; }
 
 template <class Kind, class Real, class Number>

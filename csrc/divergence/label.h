@@ -49,22 +49,6 @@ struct LabelTerm {
     if (smoothing > 0) value += Real(smoothing * normaliser.lse - uniform * gain * finite_sum);
   }
 
-  // -sum q1 log q1; e: [kBlock].
-  Real entropy(Source<Real>& source, Real* e) const {
-    const Real lse = Real(normaliser.lse), factor = normaliser.factor;
-    double sum = 0;
-    for (int64_t start = 0; start < source.vocab; start += kBlock) {
-      const Real* x = source.load(start);
-      const int64_t n = padded(source.columns(start));
-      block_exp(n, x, gain2, Uniform<Real>(normaliser.shift), e, Prefetch::none(source.row));
-      Real part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t j = 0; j < n; ++j) part += times(factor * e[j], lse - gain * x[j]);
-      sum += part;
-    }
-    return Real(sum);
-  }
-
   void add_gradient(int64_t start, int64_t n, const Real* x, Real* gradient) const {
     n &= ~(kLanes - 1);
     const Exponent<Real> exponent(gain2, normaliser.shift);

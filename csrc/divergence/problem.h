@@ -94,13 +94,15 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
   p.vocab = a.vocab < 0 ? p.width : a.vocab;
   p.rows = count_rows(a.student);
   STD_TORCH_CHECK(p.vocab <= p.width, "vocab exceeds the student's columns");
+  p.teacher_vocab = p.vocab;
   if (a.teacher) {
     hold.push_back(with_contiguous_rows(*a.teacher));
     p.teacher = {rows_of(hold.back()), numbers[kTeacherScale], numbers[kTeacherCap],
                  numbers[kTeacherTemperature]};
-    STD_TORCH_CHECK(
-        count_rows(*a.teacher) == p.rows && p.vocab <= a.teacher->size(a.teacher->dim() - 1),
-        "teacher has fewer rows or columns than the student");
+    const int64_t columns = a.teacher->size(a.teacher->dim() - 1);
+    if (a.kind == kULD && a.vocab < 0) p.teacher_vocab = columns;
+    STD_TORCH_CHECK(count_rows(*a.teacher) == p.rows && p.teacher_vocab <= columns,
+                    "teacher has fewer rows or columns than the student");
   }
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");

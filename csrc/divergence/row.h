@@ -275,7 +275,7 @@ void label_row(const Problem<Real>& problem, int64_t r, const Workspace<Real>& w
   if (problem.value != nullptr) problem.value[r] = label.value;
   if (problem.stats != nullptr) {
     const Real none = NAN;  // there is no teacher to compare with
-    const Real entropy = label.entropy(student, w.student_e);
+    const Real entropy = entropy_of(student, normaliser, w.student_e);
     write_stats<Real>(problem, r, {none, none, entropy, none, Real(normaliser.lse), none, none});
   }
   if (problem.gradient.data == nullptr) return;

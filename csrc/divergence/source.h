@@ -308,6 +308,24 @@ Normaliser<Real> exponentials(Source<Real>& source, Real* e, Real* shifts, Real*
   return normaliser;
 }
 
+// -sum q log q; e: [kBlock].
+template <class Real>
+Real entropy_of(Source<Real>& source, const Normaliser<Real>& normaliser, Real* e) {
+  const Real lse = Real(normaliser.lse), gain = source.gain, factor = normaliser.factor;
+  double sum = 0;
+  for (int64_t start = 0; start < source.vocab; start += kBlock) {
+    const Real* x = source.load(start);
+    const int64_t n = padded(source.columns(start));
+    block_exp(n, x, source.gain2(), Uniform<Real>(normaliser.shift), e,
+              Prefetch::none(source.row));
+    Real part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t j = 0; j < n; ++j) part += times(factor * e[j], lse - gain * x[j]);
+    sum += part;
+  }
+  return Real(sum);
+}
+
 template <class Real>
 int64_t first_argmax(Source<Real>& source) {
   Real top = -INFINITY;

@@ -98,7 +98,7 @@ def check_call(
             )
         if teacher.device != student.device:
             raise ValueError(f"teacher is on {teacher.device}, the student on {student.device}")
-        if teacher.shape[-1] != width and vocab_size is None:
+        if teacher.shape[-1] != width and vocab_size is None and kind.pairs_columns:
             raise ValueError(
                 f"student has {width} columns and teacher {teacher.shape[-1]}: pass vocab_size= to "
                 "read only the columns that both have (padded embedding rows are the usual cause)"

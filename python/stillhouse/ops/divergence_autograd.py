@@ -138,9 +138,8 @@ def _backward(ctx, upstream, _):
         )
     if ctx.needs_input_grad[1]:
         kind, exchanged = _exchange(ctx.kind, numbers)
-        vocab = min(student.shape[-1], teacher.shape[-1]) if ctx.vocab < 0 else ctx.vocab
         to_teacher = gradient(
-            teacher, student, exchanged, weight, None, kind, vocab, ctx.resident_limit
+            teacher, student, exchanged, weight, None, kind, ctx.vocab, ctx.resident_limit
         )
     return to_student, to_teacher, *([None] * 7)
 

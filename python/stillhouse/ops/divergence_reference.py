@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .divergence_arguments import Call
-from .kinds import DKD, TAID
+from .kinds import DKD, TAID, ULD
 
 
 def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     label_weight, smoothing, a, b, factor = number[6:]
     vocab = call.student.shape[-1] if call.vocab < 0 else call.vocab
 
-    def logits(x: Tensor, scale: Tensor, cap: Tensor) -> Tensor:
+    def logits(x: Tensor, scale: Tensor, cap: Tensor, vocab: int | None = vocab) -> Tensor:
         x = x[..., :vocab].to(call.result) * scale
         return cap * torch.tanh(x / cap) if cap > 0 else x
 
@@ -26,7 +26,8 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     value = torch.zeros(z.shape[:-1], dtype=call.result, device=z.device)
     stats = _student_stats(lq, z / temperature) if want_stats else value.new_empty(0)
     if call.kind.needs_teacher:
-        t = logits(call.teacher, teacher_scale, teacher_cap)
+        every = call.vocab < 0 and not call.kind.pairs_columns
+        t = logits(call.teacher, teacher_scale, teacher_cap, None if every else vocab)
         number = call.kind.kernel_number
         if number == _STANDARDIZED:
             z, t = _standardize(z), _standardize(t)
@@ -37,6 +38,8 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
         lq = torch.log_softmax(z / temperature, -1)
         if number in _OF_LOGITS:
             value = _OF_LOGITS[number](z / temperature, target, a)
+        elif isinstance(call.kind, ULD):
+            value = _of_sorted(lq.exp(), lp.exp())
         elif isinstance(call.kind, DKD):
             value = _decoupled(lq, lp, call.labels.clamp(min=0), a, b)
             mask = _and(mask, call.labels != -100)
@@ -46,7 +49,7 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
             value = _FINISH[number](value, a)
         value = (1 - label_weight) * factor * value
         if want_stats:
-            stats = _reference_stats(lq, lp, z / temperature, target)
+            stats = _reference_stats(lq, lp, z / temperature, target, call.kind.pairs_columns)
     if call.labels is not None and (label_weight > 0 or not call.kind.needs_teacher):
         label_temperature = 1 if call.kind.needs_teacher else temperature
         lq = torch.log_softmax(z / label_temperature, -1)
@@ -121,6 +124,13 @@ def _decoupled(lq: Tensor, lp: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> 
     two = _times(p2, _minus(p2, q2)).sum(-1)
     rest = _times(p_rest, _minus(p_rest, q_rest)).sum(-1)
     return a * two + b * rest
+
+
+def _of_sorted(q: Tensor, p: Tensor) -> Tensor:
+    q, p = (x.sort(dim=-1, descending=True, stable=True).values for x in (q, p))
+    width = max(q.shape[-1], p.shape[-1])
+    q, p = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (q, p))
+    return (q - p).abs().sum(-1)
 
 
 def _power(lp: Tensor, lq: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -208,7 +218,11 @@ def _student_stats(lq: Tensor, z: Tensor) -> Tensor:
     return torch.stack([none, none, -_times(lq, lq).sum(-1), none, z.logsumexp(-1), none, none])
 
 
-def _reference_stats(lq: Tensor, lp: Tensor, z: Tensor, t: Tensor) -> Tensor:
+def _reference_stats(lq: Tensor, lp: Tensor, z: Tensor, t: Tensor, paired: bool) -> Tensor:
+    if not paired:
+        stats = _student_stats(lq, z)
+        stats[3], stats[5] = -_times(lp, lp).sum(-1), t.logsumexp(-1)
+        return stats
     q, p = lq.exp(), lp.exp()
     return torch.stack(
         [

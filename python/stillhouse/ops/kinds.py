@@ -23,6 +23,7 @@ class Kind:
     number: ClassVar[int]  # of the kernel's table, csrc/divergence/math.h
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    pairs_columns: ClassVar[bool] = True  # a column of one side belongs to that of the other
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -286,6 +287,18 @@ class Renyi(Kind):
 
     def _allowed(self, value: float) -> bool:
         return 0 < value < math.inf and value != 1
+
+
+@dataclass(frozen=True)
+class ULD(Kind):
+    """sum_k |q_(k) - p_(k)|, both sides in descending order, the shorter continued by zeros: the
+    Wasserstein distance of the two multisets of probabilities (universal logit distillation,
+    arXiv 2402.12030, eq. 6). The vocabularies may differ, in size and in what a column stands for.
+    """
+
+    number = 22
+    _mirror = "uld"
+    pairs_columns = False
 
 
 @dataclass(frozen=True)
