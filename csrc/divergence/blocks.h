@@ -30,14 +30,14 @@ Lanes<Real> block_value(const Block<In, Real, Scalar> b, const KindParams<Real> 
   for (int64_t j = 0; j < b.n; j += kLanes) {
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      value[i] += kind_term<Kind>(element(b, j, i), k);
+      value[i] += kind_term<Kind>(Kind::adjusted(element(b, j, i), k), k);
     }
   }
   return value;
 }
 
-// Pass 2 where no sum is waited for: value and gradient at once.
-template <class Kind, class In, class Out, class Real, class Scalar>
+// Pass 2 where no sum is waited for: the gradient, and the value where it is wanted.
+template <class Kind, bool kValue, class In, class Out, class Real, class Scalar>
 Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Real> k,
                            const Scalar weight, Out* gradient, Prefetch touch) {
   Lanes<Real> value;
@@ -45,8 +45,8 @@ Lanes<Real> block_gradient(const Block<In, Real, Scalar> b, const KindParams<Rea
     touch();
     Steps<Lane<Real>, Out> out{gradient + j};
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const auto e = element(b, j, i);
-      value[i] += kind_term<Kind>(e, k);
+      const auto e = Kind::adjusted(element(b, j, i), k);
+      if constexpr (kValue) value[i] += kind_term<Kind>(e, k);
       out.store(i, known_gradient<Kind>(e, Kind::slope(e, k)) * weight[i]);
     }
   }
@@ -58,7 +58,7 @@ template <class Real>
 struct Slopes {
   Lanes<Real> value, slope;
 };
-template <class Kind, class In, class Real, class Scalar>
+template <class Kind, bool kValue, class In, class Real, class Scalar>
 Slopes<Real> block_slopes(const Block<In, Real, Scalar> b, const KindParams<Real> k,
                           Prefetch touch) {
   Slopes<Real> sums;
@@ -66,8 +66,8 @@ Slopes<Real> block_slopes(const Block<In, Real, Scalar> b, const KindParams<Real
     touch();
     SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
       const int64_t at = j + i * kWidth<Real>;
-      const auto e = element(b, j, i);
-      sums.value[i] += kind_term<Kind>(e, k);
+      const auto e = Kind::adjusted(element(b, j, i), k);
+      if constexpr (kValue) sums.value[i] += kind_term<Kind>(e, k);
       const auto h = Kind::slope(e, k);
       const auto basis = Kind::basis(e, k);
       sums.slope[i] += summand<Kind>(h, basis);

@@ -11,6 +11,7 @@
 // Passes work on blocks of kBlock elements. Where student, teacher and gradient are all bfloat16 they
 // are read and written as they are; any other mix of types is widened block by block in L1, so that
 // the kernels are not a template of three input types.
+#include <limits>
 #include <type_traits>
 
 #include "kernel.h"
@@ -107,7 +108,7 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
       break;
     case kULD:
       for (int64_t r = lo; r < hi; ++r)
-        if (counts(problem, r)) sorted_row<Real>(problem, r, w);
+        if (counts(problem, r)) sorted_row<Real>(problem, r, r + 1 < hi ? r + 1 : r, w);
       break;
 #define SH_CASE(number, Kind)                     \
   case number:                                    \

@@ -221,32 +221,52 @@ SH_INLINE Real power_product(const Element<Real>& e, Number a, Number b) {
 
 // -1 / (a b) sum [p^a q^b - a / s p^s - b / s q^s], s = a + b, and its limits: whatever a and b are, a
 // term is a combination of the powers, of powers times delta, and of delta^2.
-struct AlphaBeta : Sum {
+template <class Real>
+struct Powers : Element<Real> {
+  Real A, P, Q;  // p^a q^b, p^s, q^s
+};
+struct AnyAlphaBeta : Sum {
   static constexpr int kTerms = kMostTerms;
   enum { kA, kP, kQ, kPDelta, kQDelta, kDelta2, kSlopeOfPowers, kSlopeOfDelta };
   template <class Real, class Number>
-  SH_INLINE static Real mass(const Element<Real>& e, const KindParams<Number>& k) {
-    return power_product(e, Number(0), k.a + k.b);
+  SH_INLINE static Powers<Real> adjusted(const Element<Real>& e, const KindParams<Number>& k) {
+    const Number none(0), s = k.a + k.b;
+    return {e, power_product(e, k.a, k.b), power_product(e, s, none), power_product(e, none, s)};
   }
   template <class Real, class Number>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
-    const Number s = k.a + k.b;
-    const Real P = power_product(e, s, Number(0)), Q = power_product(e, Number(0), s);
-    Real d = Real(k.c[kP]) * P + Real(k.c[kQ]) * Q;
-    if (k.c[kPDelta] != 0) d = d + Real(k.c[kPDelta]) * times(P, e.delta);
-    if (k.c[kQDelta] != 0) d = d + Real(k.c[kQDelta]) * times(Q, e.delta);
-    if (k.c[kDelta2] != 0) d = d + Real(k.c[kDelta2]) * times(Q, e.delta * e.delta);
-    if (k.c[kA] != 0) {  // where it is infinite, so is the divergence
-      const Real A = power_product(e, k.a, k.b);
-      d = select(A < Real(INFINITY), d + Real(k.c[kA]) * A, A);
-    }
-    return d;
+  SH_INLINE static Real mass(const Powers<Real>& e, const KindParams<Number>&) {
+    return e.Q;
   }
   template <class Real, class Number>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
-    const Real Q = power_product(e, Number(0), k.a + k.b);
-    if (k.c[kSlopeOfPowers] == 0) return Real(k.c[kSlopeOfDelta]) * times(Q, e.delta);
-    return Real(k.c[kSlopeOfPowers]) * (Q - power_product(e, k.a, k.b));
+  SH_INLINE static Real term(const Powers<Real>& e, const KindParams<Number>& k) {
+    Real d = Real(k.c[kP]) * e.P + Real(k.c[kQ]) * e.Q;
+    if (k.c[kPDelta] != 0) d = d + Real(k.c[kPDelta]) * times(e.P, e.delta);
+    if (k.c[kQDelta] != 0) d = d + Real(k.c[kQDelta]) * times(e.Q, e.delta);
+    if (k.c[kDelta2] != 0) d = d + Real(k.c[kDelta2]) * times(e.Q, e.delta * e.delta);
+    // Where it is infinite, so is the divergence.
+    return k.c[kA] == 0 ? d : select(e.A < Real(INFINITY), d + Real(k.c[kA]) * e.A, e.A);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Powers<Real>& e, const KindParams<Number>& k) {
+    if (k.c[kSlopeOfPowers] == 0) return Real(k.c[kSlopeOfDelta]) * times(e.Q, e.delta);
+    return Real(k.c[kSlopeOfPowers]) * (e.Q - e.A);
+  }
+};
+// The same for a, b > 0, where no power is infinite: nearly twice as fast.
+struct AlphaBeta : AnyAlphaBeta {
+  template <class Real, class Number>
+  SH_INLINE static Powers<Real> adjusted(const Element<Real>& e, const KindParams<Number>& k) {
+    const Real a2(Number(k.a * kLog2e)), b2(Number(k.b * kLog2e)), s2(Number((k.a + k.b) * kLog2e));
+    return {e, fast_exp2(mul_add(a2, e.lp, b2 * e.lq)), fast_exp2(s2 * e.lp),
+            fast_exp2(s2 * e.lq)};
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Powers<Real>& e, const KindParams<Number>& k) {
+    return mul_add(Real(k.c[kA]), e.A, mul_add(Real(k.c[kP]), e.P, Real(k.c[kQ]) * e.Q));
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Powers<Real>& e, const KindParams<Number>& k) {
+    return Real(k.c[kSlopeOfPowers]) * (e.Q - e.A);
   }
 };
 
@@ -255,14 +275,18 @@ struct Amari : Sum {
   static constexpr int kTerms = kMostTerms;
   enum { kA, kP, kQ };
   template <class Real, class Number>
-  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>& k) {
-    return mul_add(Real(k.c[kA]), power_product(e, k.a, k.b),
+  SH_INLINE static Powers<Real> adjusted(const Element<Real>& e, const KindParams<Number>& k) {
+    return {e, power_product(e, k.a, k.b), e.p, e.q};
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Powers<Real>& e, const KindParams<Number>& k) {
+    return mul_add(Real(k.c[kA]), e.A,
                    mul_add(Real(k.c[kP]), e.p, Real(k.c[kQ]) * e.q));
   }
   // Without the multiple of q, so that the sum of slopes holds sum p^a q^(1 - a) to the last place.
   template <class Real, class Number>
-  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
-    return Real(-k.c[kQ]) * power_product(e, k.a, k.b);
+  SH_INLINE static Real slope(const Powers<Real>& e, const KindParams<Number>& k) {
+    return Real(-k.c[kQ]) * e.A;
   }
 };
 
@@ -301,6 +325,19 @@ struct MSELogits : Sum {
   template <class Real, class Number>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
     return Real(2) * gap(e, k);
+  }
+};
+
+// sum (log q - log p)^2
+struct MSELogProbs : Sum {
+  static constexpr bool kSeries = false;
+  template <class Real, class Number>
+  SH_INLINE static Real term(const Element<Real>& e, const KindParams<Number>&) {
+    return of_logits(e, e.delta * e.delta);
+  }
+  template <class Real, class Number>
+  SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>&) {
+    return of_logits(e, Real(-2) * e.delta);
   }
 };
 
@@ -393,14 +430,17 @@ struct StandardizedKL : ForwardKL {
   X(18, CosineProbs)           \
   X(19, StandardizedKL)        \
   X(20, AdaptiveKL)            \
-  X(21, DKD)
+  X(21, DKD)                   \
+  X(23, AnyAlphaBeta)          \
+  X(24, MSELogProbs)
 
 constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21, kULD = 22;
 SH_INLINE bool needs_labels(int kind) { return kind == kCrossEntropy || kind == kDKD; }
 
-template <class Kind, class Real, class Number>
-SH_INLINE Real kind_term(const Element<Real>& element, const KindParams<Number>& k) {
-  const Element<Real> e = Kind::adjusted(element, k);
+// Of an element as Kind::adjusted() makes it.
+template <class Kind, class Adjusted, class Number>
+SH_INLINE auto kind_term(const Adjusted& e, const KindParams<Number>& k) {
+  using Real = decltype(e.q);
   const Real far = Kind::term(e, k);
   if constexpr (Kind::kSeries)
     return select(magnitude(e.delta) < Real(k.near),

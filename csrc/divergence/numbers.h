@@ -2,36 +2,56 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-// Sums of both f(x) over the finite part of a row.
-template <class Real, class F, class G>
-void sum_finite(Source<Real>& source, double& f_sum, double& g_sum, F f, G g) {
-  for (int64_t start = 0; start < source.vocab; start += kBlock) {
-    const Real* x = source.load(start);
-    const int64_t n = source.columns(start);
-    double f_part = 0, g_part = 0;  // in double: logits may have a large offset
-#pragma omp simd reduction(+ : f_part, g_part)
-    for (int64_t j = 0; j < n; ++j) {
-      const bool finite = x[j] != -INFINITY;
-      f_part += finite ? double(f(x[j])) : 0;
-      g_part += finite ? double(g(x[j])) : 0;
+// Of one block about an origin near the mean, where the floats of a lane lose nothing to an offset.
+template <class Real, class In>
+void add_moments(int64_t n, const In* x, Real origin, Moments& m) {
+  Lanes<Real> count, sum, squares;
+  const Lane<Real> least(std::numeric_limits<Real>::lowest()), zero(0), one(1);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      Lane<Real> xi;
+      load_step(x + j, i, xi);
+      const auto hidden = xi < least;  // not a NaN, which has to show
+      const Lane<Real> gap = select(hidden, zero, xi - Lane<Real>(origin));
+      count[i] += select(hidden, zero, one);
+      sum[i] += gap;
+      squares[i] = mul_add(gap, gap, squares[i]);
     }
-    f_sum += f_part;
-    g_sum += g_part;
   }
+  m.count += fold_sum(count);
+  m.sum += fold_sum(sum);
+  m.squares += fold_sum(squares);
+}
+
+// Of columns [0, end) about an origin.
+template <class Real>
+Moments moments_about(Source<Real>& source, int64_t end, Real origin) {
+  Moments m{};
+  for (int64_t start = 0; start < end; start += kBlock)
+    source.with_block(start, [&](int64_t n, auto* x) {
+      add_moments(n, x, origin, m);
+      return Real(0);
+    });
+  return m;
 }
 
 template <class Kind, class Real>
 Moments moments(Source<Real>& source) {
-  const auto nothing = [](Real) { return Real(0); };
+  if constexpr (!kTakesMean<Kind>) return moments_about(source, source.vocab, Real(0));
+  Real origin = 0;
   Moments m{};
-  double none = 0;
-  if constexpr (kTakesMean<Kind>)
-    sum_finite(source, m.count, m.sum, [](Real) { return Real(1); }, [](Real x) { return x; });
-  const Real origin = kTakesMean<Kind> ? Real(m.sum / m.count) : Real(0);
-  if constexpr (kTakesSquares<Kind>)
-    sum_finite(
-        source, m.squares, none, [=](Real x) { return (x - origin) * (x - origin); }, nothing);
-  return m;
+  for (int64_t end = kBlock; m.count == 0 && end < source.vocab + kBlock; end += kBlock) {
+    m = moments_about(source, end, Real(0));
+    origin = Real(m.sum / m.count);
+  }
+  double left = 0;  // of the squares, about the mean
+  for (int tries = 0; tries < 3; ++tries) {
+    m = moments_about(source, source.vocab, origin);
+    left = m.squares - m.sum / m.count * m.sum;
+    if (!(left < 0.01 * m.squares)) break;
+    origin += Real(m.sum / m.count);  // the first block was not like the others
+  }
+  return {m.count, m.sum + m.count * double(origin), left};
 }
 
 // Those of the logits, before pass 1.

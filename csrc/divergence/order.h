@@ -1,6 +1,7 @@
-// Order without a sort: which of a row's logits are its largest (RowNumbers::head of math.h).
-// Numbers are taken as integers of the same order, and a histogram over a range of them shows in which
-// narrower range the border lies, until few are left.
+// Order without a sort: numbers are taken as integers of the same order, and counted in bins of them.
+// - Which of a row's logits are its largest (RowNumbers::head of math.h): a histogram over a range shows
+//   in which narrower range the border lies, until few are left.
+// - Which ranks a probability can have (sorted.h): as many as there are in its bin.
 #pragma once
 #include "../core/scalar.h"
 
@@ -26,6 +27,16 @@ SH_INLINE int bin_shift(uint64_t span, uint64_t bins) {
 // Columns below this probability are not in the head: of V of them together there is too little.
 SH_INLINE double least_in_head(double mass, int64_t columns) {
   return (1 - mass) / double(columns);
+}
+
+// Bins of probabilities in descending order: 64 to an octave, what is below 2^-64 in the last, 0 in none
+// of them, which is bin kRankBins.
+constexpr int kRankBins = 4096;
+SH_INLINE int32_t rank_bin(float q) {
+  const int32_t below = int32_t(as_bits(1.f)) - int32_t(as_bits(q));
+  const int32_t bin = below >> 17;
+  const int32_t inside = bin < 0 ? 0 : bin < kRankBins ? bin : kRankBins - 1;
+  return q > 0.f ? inside : kRankBins;
 }
 
 }  // namespace stillhouse

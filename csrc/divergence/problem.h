@@ -195,14 +195,27 @@ struct DivergenceOps {
     return {value, stats};
   }
 
-  // gradient may be the student itself.
+  // A problem with a gradient, which may be the student itself.
+  template <class Real>
+  static Problem<Real> make_weighted(const Arguments& a, const Tensor& weight,
+                                     const Tensor& gradient, std::vector<Tensor>& hold) {
+    Problem<Real> p = make_problem<Real>(a, hold);
+    p.weight = row_numbers<Real>(weight, p.rows, hold);
+    p.gradient = rows_of(gradient);
+    return p;
+  }
+
+  template <class Real>
+  static void gradient_alone(const Arguments& a, const Tensor& weight, const Tensor& gradient) {
+    std::vector<Tensor> hold;
+    Backend::launch(make_weighted<Real>(a, weight, gradient, hold), a.student);
+  }
+
   template <class Real>
   static std::tuple<Tensor, Tensor> with_gradient(const Arguments& a, const Tensor& weight,
                                                   const Tensor& gradient, bool want_stats) {
     std::vector<Tensor> hold;
-    Problem<Real> p = make_problem<Real>(a, hold);
-    p.weight = row_numbers<Real>(weight, p.rows, hold);
-    p.gradient = rows_of(gradient);
+    Problem<Real> p = make_weighted<Real>(a, weight, gradient, hold);
     const Tensor value = Backend::output(a.student, {p.rows}, real_type(Real()));
     Tensor stats = new_stats<Real>(a.student, want_stats);
     p.value = static_cast<Real*>(value.data_ptr());
@@ -233,8 +246,9 @@ struct DivergenceOps {
                          const Tensor& weight, const MaybeTensor& labels, int64_t kind,
                          int64_t vocab, int64_t resident_limit) {
     Tensor gradient = Backend::gradient(student);
-    dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
-                      gradient, false);
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit};
+    in_double(a) ? gradient_alone<double>(a, weight, gradient)
+                 : gradient_alone<float>(a, weight, gradient);
     return gradient;
   }
 

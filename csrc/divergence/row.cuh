@@ -399,7 +399,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
         g[i] = 0;
         const bool inside = start + i >= 0 && start + i < problem.vocab;
         if constexpr (kHasTeacher<Kind>) {
-          const Element<Real> e = element(slot, i);
+          const auto e = Kind::adjusted(element(slot, i), params);
           const Real slope = Kind::slope(e, params), basis = Kind::basis(e, params);
           if (inside) {
             part[kValue] += kind_term<Kind>(e, params);
@@ -433,7 +433,7 @@ struct DeviceRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>
         for (int i = 0; i < kSize; ++i) {
           Real q = z_e[slot][i], h = t_e[slot][i];
           if constexpr (!kRegisters) {
-            const Element<Real> e = element(slot, i);
+            const auto e = Kind::adjusted(element(slot, i), params);
             q = Kind::basis(e, params), h = Kind::slope(e, params);
           }
           g[i] = mul_add(-q, H, h) * weight;

@@ -18,6 +18,7 @@ struct DivergenceRow {
   LabelTerm<Real> label;
   LabelColumn column;  // the label's own, for kinds whose rows are without it
   double means[2] = {};  // of the tempered logits, for kinds without them
+  RowScalars<Real, Uniform<Real>> scalars;
   Real weight = 0;
   char* gradient = nullptr;
   Sums sums;
@@ -44,6 +45,17 @@ struct DivergenceRow {
                                 {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
     numbers_of_probabilities<Kind>(student, z_normaliser, teacher, t_normaliser, w, params, means);
+    // Once a row: the passes must not differ in the last place of delta, or h is not what H is a sum of.
+    scalars = {student.gain,
+               teacher.gain,
+               student.gain / teacher.gain,
+               minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
+               minus_two_part<Real>(z_normaliser.lse),
+               minus_two_part<Real>(t_normaliser.lse),
+               z_normaliser.factor,
+               t_normaliser.factor,
+               minus_two_part<Real>(means[0]),
+               minus_two_part<Real>(means[1])};
     if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail();
     if constexpr (Kind::kRow == RowNumbers::label) set_label_column();
     const bool same = unchanged.gain == student.gain && student.without < 0;
@@ -98,16 +110,7 @@ struct DivergenceRow {
 
   template <class In>
   RowBlock<In> block(int64_t start, const In* z, const In* t) {
-    RowBlock<In> b{padded(student.columns(start)),
-                   z,
-                   t,
-                   w.student_e,
-                   w.teacher_e,
-                   {student.gain, teacher.gain, student.gain / teacher.gain,
-                    minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
-                    minus_two_part<Real>(z_normaliser.lse), minus_two_part<Real>(t_normaliser.lse),
-                    z_normaliser.factor, t_normaliser.factor, minus_two_part<Real>(means[0]),
-                    minus_two_part<Real>(means[1])}};
+    RowBlock<In> b{padded(student.columns(start)), z, t, w.student_e, w.teacher_e, scalars};
     if (w.q != nullptr) {
       b.q = w.q + start;
       b.p = w.p + start;
@@ -169,6 +172,18 @@ struct DivergenceRow {
   }
 
   // Pass 2 on a block. Out: where a gradient of known H goes.
+  template <bool kValue, class In, class Out>
+  void add_gradient(const RowBlock<In>& b, Out* out) {
+    if constexpr (kOnePass<Kind>) {
+      sums.value +=
+          fold_sum(block_gradient<Kind, kValue>(b, params, Uniform<Real>(weight), out, touch));
+    } else {
+      const Slopes<Real> s = block_slopes<Kind, kValue>(b, params, touch);
+      sums.value += fold_sum(s.value);
+      sums.slope += fold_sum(s.slope);
+    }
+  }
+
   template <class In, class Out>
   void terms(const RowBlock<In>& b, Out* out) {
     if (problem.stats != nullptr) {
@@ -182,13 +197,10 @@ struct DivergenceRow {
     }
     if (gradient == nullptr && !Kind::kFinish) {
       sums.value += fold_sum(block_value<Kind>(b, params, touch));
-    } else if constexpr (kOnePass<Kind>) {
-      const Uniform<Real> scale(weight);
-      sums.value += fold_sum(block_gradient<Kind>(b, params, scale, out, touch));
+    } else if (Kind::kFinish || problem.value != nullptr) {
+      add_gradient<true>(b, out);
     } else {
-      const Slopes<Real> s = block_slopes<Kind>(b, params, touch);
-      sums.value += fold_sum(s.value);
-      sums.slope += fold_sum(s.slope);
+      add_gradient<Kind::kFinish>(b, out);
     }
   }
 
@@ -214,7 +226,7 @@ struct DivergenceRow {
     const Real *q = w.q + start, *h = w.p + start;
     if (w.q == nullptr) {
       const auto b = block(start, z, t);
-      block_slopes<Kind>(b, params, touch);
+      block_slopes<Kind, false>(b, params, touch);
       q = b.q, h = b.p;
     }
     block_combine(padded(student.columns(start)), q, h, Uniform<Real>(Real(sums.slope)),

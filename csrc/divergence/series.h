@@ -121,6 +121,7 @@ void set_params(int kind, double a, double b, KindParams<Real>& params) {
     case 15:
       b = 1 - a;
       [[fallthrough]];
+    case 23:
     case 13: {  // q^s times what stands in AlphaBeta::term, with P / Q = E^s
       c = alpha_beta(a, b);
       terms = kMostTerms;

@@ -118,13 +118,15 @@ def _setup(ctx, inputs, output):
 
 
 _SIDES = [1, 0, 3, 2, 5, 4, 6, 7]  # numbers with student and teacher exchanged
-_BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
+_BY_NUMBER = {n: kind for kind in KINDS.values() for n in (kind.number, kind.variant)}
 
 
 def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
     """Kind number and `numbers` of the divergence whose student is this one's teacher."""
-    kind, *parameters = _BY_NUMBER[number].exchange(numbers[8], numbers[9])
-    return kind.number, torch.cat([numbers[_SIDES], torch.stack(parameters), numbers[10:]])
+    kind = _BY_NUMBER[number]
+    mirror, *parameters = kind.exchange(numbers[8], numbers[9])
+    exchanged = number if mirror is kind else mirror.number
+    return exchanged, torch.cat([numbers[_SIDES], torch.stack(parameters), numbers[10:]])
 
 
 def _backward(ctx, upstream, _):

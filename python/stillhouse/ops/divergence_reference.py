@@ -178,6 +178,8 @@ _REFERENCE = {  # kind number -> (lq, lp, two parameters) -> summands [..., V]
     15: lambda lq, lp, a, b: _power(lp, lq, a, 1 - a),
 }
 _REFERENCE[19] = _REFERENCE[1]
+_REFERENCE[23] = _REFERENCE[13]
+_REFERENCE[24] = lambda lq, lp, a, b: _minus(lq, lp).square()
 _REFERENCE[20] = lambda lq, lp, a, b: _adaptive_kl(lq, lp, a)
 _STANDARDIZED = 19
 

@@ -21,6 +21,7 @@ class Kind:
     """A divergence D(teacher, student) of two rows of logits."""
 
     number: ClassVar[int]  # of the kernel's table, csrc/divergence/math.h
+    variant: ClassVar[int | None] = None  # number of another kernel that serves some instances
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     pairs_columns: ClassVar[bool] = True  # a column of one side belongs to that of the other
@@ -248,6 +249,7 @@ class AlphaBeta(Kind):
     """
 
     number = 13
+    variant = 23
     _mirror = "alpha_beta"
     _mirrored = staticmethod(lambda a, b: (b, a))
     alpha: Number = 0.2
@@ -257,6 +259,12 @@ class AlphaBeta(Kind):
 
     def _allowed(self, value: float) -> bool:
         return abs(value) < math.inf
+
+    @property
+    def kernel_number(self) -> int:
+        # Only what is known when compiling may choose a kernel.
+        known = not isinstance(self.alpha, torch.Tensor) and not isinstance(self.beta, torch.Tensor)
+        return self.number if known and self.alpha > 0 and self.beta > 0 else self.variant
 
 
 @dataclass(frozen=True)
@@ -308,6 +316,7 @@ class MSELogits(Kind):
     that are -inf on both sides add nothing."""
 
     number = 16
+    variant = 24
     _mirror = "mse_logits"
     of: str = "logits"
 
@@ -319,15 +328,14 @@ class MSELogits(Kind):
 
     @property
     def kernel_number(self) -> int:
-        # Half the squared distance of log-probabilities is AlphaBeta(0, 0).
-        return AlphaBeta.number if self.of == "log_probs" else self.number
+        return self.variant if self.of == "log_probs" else self.number
 
     @property
     def parameters(self) -> tuple[Number, Number]:
         return float(self.of == "centered"), 0.0
 
     def factor(self, columns: int) -> Number:
-        return (2.0 if self.of == "log_probs" else 1.0) / columns
+        return 1.0 / columns
 
 
 @dataclass(frozen=True)
