@@ -67,7 +67,7 @@ SH_INLINE bool together(const Problem<Real>& p) {
   return p.vocab <= p.short_limit && p.kind != kCrossEntropy;
 }
 
-constexpr int kOrderParts = 9;
+constexpr int kOrderParts = 8;
 
 // A thread's scratch.
 template <class Real>

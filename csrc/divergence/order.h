@@ -33,10 +33,19 @@ SH_INLINE double least_in_head(double mass, int64_t columns) {
 // of them, which is bin kRankBins.
 constexpr int kRankBins = 4096;
 SH_INLINE int32_t rank_bin(float q) {
-  const int32_t below = int32_t(as_bits(1.f)) - int32_t(as_bits(q));
-  const int32_t bin = below >> 17;
+  const int32_t bin = (int32_t(as_bits(1.f)) - int32_t(as_bits(q))) >> 17;
   const int32_t inside = bin < 0 ? 0 : bin < kRankBins ? bin : kRankBins - 1;
   return q > 0.f ? inside : kRankBins;
+}
+SH_INLINE int32_t rank_bin(double q) {
+  const int64_t below = __builtin_bit_cast(int64_t, 1.0) - __builtin_bit_cast(int64_t, q);
+  const int64_t bin = below >> 46;
+  const int64_t inside = bin < 0 ? 0 : bin < kRankBins ? bin : kRankBins - 1;
+  return q > 0.0 ? int32_t(inside) : kRankBins;
+}
+// The largest probability of a bin but the first, which has no limit.
+SH_INLINE float first_of_rank_bin(int32_t bin) {
+  return bin == 0 ? INFINITY : as_float(as_bits(1.f) - (uint32_t(bin) << 17));
 }
 
 }  // namespace stillhouse

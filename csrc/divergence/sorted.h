@@ -6,26 +6,68 @@
 // Included by cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
+// A range of bins with one sign, or with sign 0 and to be sorted. n, m: how many of student and teacher
+// it has; shift: how many more of the teacher than of the student are before it.
+struct Range {
+  int32_t first_bin, n, m, shift;
+  int sign;
+};
+
+// The bins from the largest probabilities on, in ranges.
+struct Ranges {
+  static constexpr int32_t kFewest = 32;  // a shorter range is cheaper sorted than told from its neighbours
+  static constexpr int kFew = 6;          // more are looked up in a table
+  Range at[kRankBins];
+  int count = 0;
+
+  void add(const Range& next) {
+    if (count > 0 && at[count - 1].sign == next.sign) {
+      at[count - 1].n += next.n, at[count - 1].m += next.m;
+    } else {
+      at[count++] = next;
+    }
+  }
+  void fill(const int32_t* student, const int32_t* teacher) {
+    int32_t n = 0, m = 0;
+    Ranges& all = *this;
+    for (int b = 0; b < kRankBins; ++b) {
+      if (student[b] == 0 && teacher[b] == 0) continue;
+      const int32_t n_after = n + student[b], m_after = m + teacher[b];
+      const int sign = n >= m_after ? 1 : n_after <= m ? -1 : 0;
+      all.add({b, student[b], teacher[b], m - n, sign});
+      n = n_after, m = m_after;
+    }
+    const int before = count;
+    count = 0;
+    for (int i = 0; i < before; ++i) {
+      Range range = at[i];
+      if (range.n + range.m < kFewest) range.sign = 0;
+      add(range);
+    }
+  }
+};
+
 // One side of a row.
 template <class Real>
 struct SortedSide {
   Source<Real> source;
   Normaliser<Real> normaliser;
   Real* q;              // [padded(vocab)], probabilities; of a plain bfloat16 block in the order of load_step()
-  uint16_t* bin;        // [padded(vocab)], in the same order
-  Real* key;            // [vocab], probabilities of the columns that are to be sorted, bin by bin
+  Real* key;            // [vocab], probabilities of the columns that are to be sorted, range by range
   int32_t* column;      // [vocab]
-  int32_t count[kRankBins + 1], begin[kRankBins + 1];  // of bins, and where their keys start
-  int32_t rank[kRankBins];                             // how many are in the bins before
+  const bool is_student;
+  int32_t count[kRankBins + 1];  // of bins
+  int32_t end[kRankBins];        // of the lists of ranges
+  int16_t range_of[kRankBins];   // bins
 
   // scratch: [kParts, n]
-  static constexpr int kParts = 3;
-  SortedSide(const Source<Real>& source, Real* q, Real* scratch, int64_t n)
+  static constexpr int kParts = 2;
+  SortedSide(bool is_student, const Source<Real>& source, Real* q, Real* scratch, int64_t n)
       : source(source),
         q(q),
-        bin(reinterpret_cast<uint16_t*>(scratch)),
-        key(scratch + n),
-        column(reinterpret_cast<int32_t*>(scratch + 2 * n)) {
+        key(scratch),
+        column(reinterpret_cast<int32_t*>(scratch + n)),
+        is_student(is_student) {
     for (int32_t& c : count) c = 0;
   }
 
@@ -40,65 +82,83 @@ struct SortedSide {
     return reordered(j) ? j - i + i / 2 + (i % 2) * (kLanes / 2) : j;
   }
 
-  // Exponentials to probabilities; fills the bins.
-  void count_bins(const Real* shifts) {
+  // Exponentials to probabilities; counts the bins. buffer: [kBlock]
+  void count_bins(const Real* shifts, int32_t* buffer) {
     for (int64_t start = 0; start < source.vocab; start += kBlock) {
       const Real factor = normaliser.factor_at(shifts[start / kBlock], source);
-      const int64_t end = start + padded(source.columns(start));
-      Real* const p = q;
-      uint16_t* const b = bin;
+      const int64_t n = padded(source.columns(start));
+      Real* const p = q + start;
 #pragma omp simd
-      for (int64_t j = start; j < end; ++j) {
+      for (int64_t j = 0; j < n; ++j) {
         p[j] = p[j] * factor;
-        b[j] = uint16_t(rank_bin(float(p[j])));
+        buffer[j] = rank_bin(p[j]);
       }
-      for (int64_t j = start; j < end; ++j) ++count[b[j]];
+      for (int64_t j = 0; j < n; ++j) ++count[buffer[j]];
     }
   }
 
-  // q times the sign of its bin to signed_q, if that is not null; returns their sum. Appends the columns
-  // of bins without a sign to the list of their bin.
-  double add_signs(const Real* sign, bool any_mixed, Real* signed_q, Real* buffer) {
-    int32_t at[kRankBins + 1];
-    for (int b = 0; b <= kRankBins; ++b) at[b] = begin[b];
+  // q times the sign of its rank to signed_q, 0 where its range has none; returns their sum. The columns
+  // of such a range are listed.
+  double add_signs(const Ranges& ranges, Real* signed_q, int32_t* buffer) {
+    const bool few = ranges.count <= Ranges::kFew;
+    Real most[Ranges::kFew], sign[Ranges::kFew], of_bin[kRankBins + 1];
+    int32_t listed = 0;
+    for (int i = 0; i < Ranges::kFew; ++i) most[i] = -INFINITY, sign[i] = 0;
+    for (int i = 0; i < ranges.count; ++i) {
+      const Range& range = ranges.at[i];
+      const int next = i + 1 < ranges.count ? ranges.at[i + 1].first_bin : kRankBins;
+      if (few) most[i] = first_of_rank_bin(range.first_bin), sign[i] = Real(range.sign);
+      for (int b = range.first_bin; b < next; ++b) of_bin[b] = Real(range.sign), range_of[b] = i;
+      end[i] = listed;
+      if (range.sign == 0) listed += is_student ? range.n : range.m;
+    }
+    of_bin[kRankBins] = 0;
     double sum = 0;
     for (int64_t start = 0; start < source.vocab; start += kBlock) {
       const int64_t n = padded(source.columns(start));
       const Real* const p = q + start;
-      const uint16_t* const b = bin + start;
-      Real* const out = signed_q != nullptr ? signed_q + start : buffer;
-      Real part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t j = 0; j < n; ++j) {
-        const Real h = p[j] * sign[b[j]];
-        out[j] = h;
-        part += h;
+      Real* const out = signed_q + start;
+      if (!few) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) buffer[j] = rank_bin(p[j]);
+        for (int64_t j = 0; j < n; ++j) out[j] = of_bin[buffer[j]];
       }
-      sum += double(part);
-      if (!any_mixed) continue;
+      Lanes<Real> part;
       for (int64_t j = 0; j < n; j += kLanes) {
-        int any = 0;
-        for (int i = 0; i < kLanes; ++i) any |= sign[b[j + i]] == 0;
-        if (!any) continue;
-        for (int i = 0; i < kLanes; ++i) {
-          const int bin_of = b[j + i];
-          if (sign[bin_of] != 0 || bin_of == kRankBins) continue;
-          key[at[bin_of]] = p[j + i];
-          column[at[bin_of]++] = int32_t(column_at(start + j + i));
+        Lanes<Real> open;  // what has no sign
+        SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+          Lane<Real> pi, s;
+          load_step(p + j, i, pi);
+          if (!few) {
+            load_step(out + j, i, s);
+          } else {
+            s = Lane<Real>(sign[0]);
+            for (int k = 1; k < Ranges::kFew; ++k)
+              s = select(pi > Lane<Real>(most[k]), s, Lane<Real>(sign[k]));
+          }
+          const Lane<Real> h = pi * s;
+          store(h, out + j + i * kWidth<Real>);
+          part[i] += h;
+          open[i] = pi - magnitude(h);
         }
+        if (listed > 0 && fold_sum(open) > 0) list(start + j, out + j);
       }
+      sum += double(fold_sum(part));
     }
     return sum;
   }
 
-  // Where the list of each bin without a sign starts. Returns whether there is one.
-  bool lay_out_lists(const Real* sign) {
-    int32_t total = 0;
-    for (int b = 0; b <= kRankBins; ++b) {
-      begin[b] = total;
-      if (sign[b] == 0 && b < kRankBins) total += count[b];
+  // Of kLanes columns those that were given no sign.
+  void list(int64_t start, const Real* signed_q) {
+    uint32_t open = 0;
+    for (int i = 0; i < kLanes; ++i)
+      open |= uint32_t(signed_q[i] == 0 && q[start + i] > 0) << i;
+    for (; open != 0; open &= open - 1) {
+      const int64_t at = start + __builtin_ctz(open);
+      const int i = range_of[rank_bin(q[at])];
+      key[end[i]] = q[at];
+      column[end[i]++] = int32_t(column_at(at));
     }
-    return total > 0;
   }
 
   bool before(Real a, int32_t a_column, Real b, int32_t b_column) const {
@@ -106,11 +166,10 @@ struct SortedSide {
   }
 
   // A list in descending order, equal ones by column. Runs are merged by way of `spare`.
-  void sort(int b, Real* spare_key, int32_t* spare_column) {
+  void sort(int64_t begin, int64_t n, Real* spare_key, int32_t* spare_column) {
     constexpr int64_t kRun = 16;
-    const int64_t n = count[b];
-    Real *from = key + begin[b], *to = spare_key;
-    int32_t *from_column = column + begin[b], *to_column = spare_column;
+    Real *from = key + begin, *to = spare_key;
+    int32_t *from_column = column + begin, *to_column = spare_column;
     for (int64_t low = 0; low < n; low += kRun) {
       for (int64_t i = low + 1; i < n && i < low + kRun; ++i) {
         const Real k = from[i];
@@ -140,7 +199,7 @@ struct SortedSide {
       to = other, to_column = other_column;
     }
     for (int64_t i = 0; i < n && from == spare_key; ++i)
-      key[begin[b] + i] = from[i], column[begin[b] + i] = from_column[i];
+      key[begin + i] = from[i], column[begin + i] = from_column[i];
   }
 };
 
@@ -156,11 +215,11 @@ struct SortedRow {
   SortedRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
       : problem(problem),
         w(w),
-        student({problem.student, r, problem.vocab, w.student}, w.q, w.order, w.order_part),
-        teacher({problem.teacher, r, problem.teacher_vocab, w.teacher}, w.p,
+        student(true, {problem.student, r, problem.vocab, w.student}, w.q, w.order, w.order_part),
+        teacher(false, {problem.teacher, r, problem.teacher_vocab, w.teacher}, w.p,
                 w.order + SortedSide<Real>::kParts * w.order_part, w.order_part),
         signed_q(w.order + 2 * SortedSide<Real>::kParts * w.order_part) {
-    static_assert(2 * SortedSide<Real>::kParts + 3 == kOrderParts, "what lay_out() makes room for");
+    static_assert(2 * SortedSide<Real>::kParts + 4 == kOrderParts, "what lay_out() makes room for");
     Source<Real>&z = student.source, &t = teacher.source;
     z.as_bf16 = z.dtype == Dtype::bf16 && !labelled(problem, r);
     t.as_bf16 = t.dtype == Dtype::bf16;
@@ -175,44 +234,38 @@ struct SortedRow {
   }
 
   void run() {
-    student.count_bins(w.q_shift);
-    teacher.count_bins(w.p_shift);
-    Real sign[kRankBins + 1];  // 0: none of its own
-    int32_t before_z = 0, before_t = 0;
-    for (int b = 0; b < kRankBins; ++b) {
-      student.rank[b] = before_z, teacher.rank[b] = before_t;
-      const int32_t after_z = before_z + student.count[b], after_t = before_t + teacher.count[b];
-      sign[b] = Real(int(before_z >= after_t) - int(after_z <= before_t && before_z < after_t));
-      before_z = after_z, before_t = after_t;
-    }
-    sign[kRankBins] = 0;
-    const bool z_mixed = student.lay_out_lists(sign), t_mixed = teacher.lay_out_lists(sign);
-    if (problem.value != nullptr || t_mixed)
-      value -= teacher.add_signs(sign, t_mixed, nullptr, w.gradient);
-    slope += student.add_signs(sign, z_mixed, signed_q, w.gradient);
-    for (int b = 0; b < kRankBins && (z_mixed || t_mixed); ++b)
-      if (sign[b] == 0 && student.count[b] + teacher.count[b] > 0) match(b);
+    int32_t* const buffer = reinterpret_cast<int32_t*>(w.gradient);
+    student.count_bins(w.q_shift, buffer);
+    teacher.count_bins(w.p_shift, buffer);
+    Ranges ranges;
+    ranges.fill(student.count, teacher.count);
+    bool any_listed = false;
+    for (int i = 0; i < ranges.count; ++i) any_listed = any_listed || ranges.at[i].sign == 0;
+    if (problem.value != nullptr || any_listed)
+      value -= teacher.add_signs(ranges, signed_q + w.order_part, buffer);
+    slope += student.add_signs(ranges, signed_q, buffer);
+    for (int i = 0; i < ranges.count; ++i)
+      if (ranges.at[i].sign == 0) match(i, ranges.at[i]);
     value += slope;
   }
 
-  // A bin in which the ranks of the sides meet.
-  void match(int b) {
-    Real* const spare_key = signed_q + w.order_part;
+  // Rank by rank.
+  void match(int range, const Range& r) {
+    Real* const spare_key = signed_q + 2 * w.order_part;
     int32_t* const spare_column = reinterpret_cast<int32_t*>(spare_key + w.order_part);
-    student.sort(b, spare_key, spare_column);
-    teacher.sort(b, spare_key, spare_column);
-    const Real *q = student.key + student.begin[b], *p = teacher.key + teacher.begin[b];
-    const int64_t n = student.count[b], m = teacher.count[b];
-    const int64_t shift = int64_t(teacher.rank[b]) - student.rank[b];  // from q's index to its partner's
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t partner = i - shift;
-      const Real s = partner < 0 ? Real(-1) : partner >= m ? Real(1) : compare(q[i], p[partner]);
-      signed_q[student.position_of(student.column[student.begin[b] + i])] = q[i] * s;
+    const int64_t z_begin = student.end[range] - r.n, t_begin = teacher.end[range] - r.m;
+    student.sort(z_begin, r.n, spare_key, spare_column);
+    teacher.sort(t_begin, r.m, spare_key, spare_column);
+    const Real *q = student.key + z_begin, *p = teacher.key + t_begin;
+    for (int64_t i = 0; i < r.n; ++i) {
+      const int64_t partner = i - r.shift;
+      const Real s = partner < 0 ? Real(-1) : partner >= r.m ? Real(1) : compare(q[i], p[partner]);
+      signed_q[student.position_of(student.column[z_begin + i])] = q[i] * s;
       slope += double(q[i] * s);
     }
-    for (int64_t i = 0; i < m; ++i) {
-      const int64_t partner = i + shift;
-      const Real s = partner < 0 ? Real(1) : partner >= n ? Real(-1) : compare(q[partner], p[i]);
+    for (int64_t i = 0; i < r.m; ++i) {
+      const int64_t partner = i + r.shift;
+      const Real s = partner < 0 ? Real(1) : partner >= r.n ? Real(-1) : compare(q[partner], p[i]);
       value -= double(p[i] * s);
     }
   }
