@@ -30,6 +30,15 @@ struct Team {
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % kThreads; }
 
+  // What a thread has written is seen by all of the team.
+  __device__ __forceinline__ static void sync() {
+    if constexpr (kWarps > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp(kFullMask);
+    }
+  }
+
   // Sum of x over the threads of lower rank; T is an integer, or the order of additions would show.
   template <class T>
   __device__ static T sum_before(T x) {

@@ -27,6 +27,7 @@ class Launcher {
  public:
 #if defined(STILLHOUSE_SIMT)
   explicit Launcher(const torch::stable::Tensor&) {}
+  int64_t multiprocessors() const { return 2; }
   // Bytes of dynamic shared memory that a block can have beside a kibibyte of arrays.
   size_t most_shared() const { return simt::kDynamicShared - 1024; }
   template <class... Parameters, class... Arguments>
@@ -46,11 +47,9 @@ class Launcher {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
+  int64_t multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   size_t most_shared() const {
-    int bytes = 0;
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
-    return size_t(bytes) - 1024;
+    return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - 1024;
   }
   template <class... Parameters, class... Arguments>
   void operator()(const char*, void (*kernel)(Parameters...), Grid grid, Arguments... arguments) {
@@ -62,6 +61,11 @@ class Launcher {
   }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
   static constexpr size_t kSharedWithoutAsking = 48 << 10;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;

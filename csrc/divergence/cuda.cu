@@ -2,6 +2,7 @@
 #include "../core/cuda.h"
 #include "kernel.cuh"
 #include "problem.h"
+#include "sorted.cuh"
 
 namespace stillhouse {
 namespace {
@@ -79,6 +80,22 @@ void choose_type(const Problem<Real>& p, Launcher& launch) {
   choose_full<Kind, Real, Mixed>(p, launch);
 }
 
+// A row a multiprocessor at a time, and fewer where their scratch would be more than this.
+constexpr int64_t kSortScratch = int64_t(256) << 20;
+
+template <class Real>
+void launch_sorted(const Problem<Real>& p, const Tensor& student, Launcher& launch) {
+  constexpr int kThreads = 512;
+  const int64_t columns = p.vocab > p.teacher_vocab ? p.vocab : p.teacher_vocab;
+  const int64_t bytes = SortScratch<Real>::bytes(columns);
+  int64_t blocks = p.rows < launch.multiprocessors() ? p.rows : launch.multiprocessors();
+  if (blocks * bytes > kSortScratch) blocks = kSortScratch / bytes > 1 ? kSortScratch / bytes : 1;
+  const Tensor scratch = new_output(student, {blocks * bytes / 4}, ScalarType::Float);
+  launch("sorted", sorted_kernel<Real, kThreads>,
+         Grid{blocks, kThreads, DeviceSortedRow<Real, kThreads>::kShared * sizeof(int32_t)}, p,
+         static_cast<char*>(scratch.data_ptr()), columns);
+}
+
 // out = sum of weight * value, by one block in an order that does not change.
 template <class Real>
 __global__ void total_kernel(const Real* weight, const Real* value, int64_t rows, Real* out) {
@@ -107,6 +124,8 @@ struct Cuda {
     switch (p.kind) {
       case kCrossEntropy:
         return choose_type<LabelsOnly>(p, launch);
+      case kULD:
+        return launch_sorted<Real>(p, student, launch);
 #define SH_CASE(number, Kind) \
   case number:                \
     return choose_type<Kind>(p, launch);

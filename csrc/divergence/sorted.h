@@ -71,8 +71,10 @@ struct SortedSide {
     for (int32_t& c : count) c = 0;
   }
 
-  // What lies at a position of q, and the way back; the same but in a block in the order of load_step().
-  bool reordered(int64_t at) const { return source.as_bf16 && source.plain(at / kBlock * kBlock); }
+  bool as_bf16(int64_t at) const { return source.as_bf16 && source.plain(at / kBlock * kBlock); }
+  // What lies at a position of q, and the way back; the same but in a block in the order of load_step(),
+  // where that has one of its own.
+  bool reordered(int64_t at) const { return kWidth<Real> > 1 && as_bf16(at); }
   int64_t column_at(int64_t at) const {
     const int64_t i = at % kLanes, half = kLanes / 2;
     return reordered(at) ? at - i + (i < half ? 2 * i : 2 * (i - half) + 1) : at;
@@ -281,7 +283,7 @@ struct SortedRow {
         block_combine(n, student.q + start, signed_q + start, H, weight, out);
       };
       if constexpr (sizeof(Real) == 4) {
-        if (student.reordered(start)) {
+        if (student.as_bf16(start)) {
           combine(reinterpret_cast<Bf16*>(row) + start);
           continue;
         }

@@ -311,7 +311,8 @@ Normaliser<Real> exponentials(Source<Real>& source, Real* e, Real* shifts, Real*
 // -sum q log q; e: [kBlock].
 template <class Real>
 Real entropy_of(Source<Real>& source, const Normaliser<Real>& normaliser, Real* e) {
-  const Real lse = Real(normaliser.lse), gain = source.gain, factor = normaliser.factor;
+  const auto lse = minus_two_part<Real>(normaliser.lse);
+  const Real gain = source.gain, factor = normaliser.factor;
   double sum = 0;
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
     const Real* x = source.load(start);
@@ -320,7 +321,8 @@ Real entropy_of(Source<Real>& source, const Normaliser<Real>& normaliser, Real* 
               Prefetch::none(source.row));
     Real part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t j = 0; j < n; ++j) part += times(factor * e[j], lse - gain * x[j]);
+    for (int64_t j = 0; j < n; ++j) 
+      part -= times(factor * e[j], mul_add(gain, x[j], lse.high.value) + lse.low.value);
     sum += part;
   }
   return Real(sum);

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stillhouse import ops
 
@@ -94,3 +95,124 @@ def test_a_teacher_of_some_columns(level):
     hidden = torch.rand(700) < 0.98
     z[:, hidden], t[:, hidden] = -torch.inf, -torch.inf
     check_adaptive(z, t, 0.9)
+
+
+# --- uld ------------------------------------------------------------------------------------------
+
+
+def uld(z, t):
+    """As the paper writes it: sort both, pad the shorter, sum the gaps."""
+    q, p = (x.softmax(-1).sort(dim=-1, descending=True, stable=True).values for x in (z, t))
+    width = max(q.shape[-1], p.shape[-1])
+    return (F.pad(q, (0, width - q.shape[-1])) - F.pad(p, (0, width - p.shape[-1]))).abs().sum(-1)
+
+
+def check_uld(z, t):
+    z, t = z.double().requires_grad_(), t.double().requires_grad_()
+    upstream = torch.rand(z.shape[:-1], dtype=torch.float64)
+    expected, value = uld(z, t), ops.divergence(z, t, "uld")
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    for got, want in zip(
+        torch.autograd.grad(value, (z, t), upstream),
+        torch.autograd.grad(expected, (z, t), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_uld_by_hand():
+    q, p = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([0.1, 0.9])
+    assert ops.divergence(q.log(), p.log(), "uld").item() == pytest.approx(0.8, abs=1e-6)
+    # The same numbers in another order are the same multiset.
+    assert ops.divergence(q.log(), q[[2, 0, 1]].log(), "uld").item() == pytest.approx(0, abs=3e-7)
+
+
+@pytest.mark.parametrize("widths", [(1, 3), (7, 7), (49, 130), (700, 301), (3001, 5003)], ids=str)
+def test_uld_by_its_definition(widths, level):
+    for scale in (0.3, 3.0):
+        check_uld(torch.randn(4, widths[0]) * scale, torch.randn(4, widths[1]) * scale)
+
+
+@pytest.mark.parametrize("gap", [1e-9, 1e-6, 1e-3])
+def test_uld_of_rows_that_are_nearly_the_same(gap, level):
+    """Ranks of both sides meet everywhere: all of the row is sorted."""
+    z = torch.randn(3, 2001, dtype=torch.float64)
+    check_uld(z, z[:, torch.randperm(2001)] + gap * torch.randn(3, 2001, dtype=torch.float64))
+
+
+def test_uld_is_exactly_zero_where_the_rows_agree(level):
+    z = (torch.randn(3, 2001) * 3).requires_grad_()
+    value = ops.divergence(z, z.detach()[:, torch.randperm(2001)], "uld")
+    assert value.abs().max() < 5e-7  # in another order, sums round differently
+    value = ops.divergence(z, z.detach(), "uld")
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert value.eq(0).all()
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("values", [1, 3, 20])
+def test_uld_with_ties(values, level):
+    """Rows of few distinct logits, of one at the limit: equal columns have ranks by their place."""
+    for widths in ((50, 50), (2311, 1200), (700, 2400)):
+        z = torch.randint(0, values, (3, widths[0])).double() / 4
+        t = torch.randint(0, values, (3, widths[1])).double() / 4
+        check_uld(z, t)
+
+
+def test_uld_with_columns_of_no_mass(level):
+    z, t = torch.randn(3, 700), torch.randn(3, 500)
+    z[:, 100:], t[:, 300:] = -torch.inf, -torch.inf
+    z[0, 5], t[1, 7] = 120, 90  # and some that underflow
+    z[2, :50] = -3000
+    z, t = z.double().requires_grad_(), t.double()
+    value, expected = ops.divergence(z, t, "uld"), uld(z, t)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    (got,) = torch.autograd.grad(value.sum(), z)
+    (want,) = torch.autograd.grad(expected.sum(), z)
+    torch.testing.assert_close(got, want.nan_to_num(0), rtol=1e-9, atol=1e-12)
+
+
+def test_uld_is_the_wasserstein_distance_of_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    z, t = torch.randn(90, dtype=torch.float64), torch.randn(90, dtype=torch.float64)
+    distance = stats.wasserstein_distance(z.softmax(-1).numpy(), t.softmax(-1).numpy())
+    assert ops.divergence(z, t, "uld").item() == pytest.approx(90 * distance, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_uld_with_a_label_term(dtype, level):
+    leaf = (torch.randn(4, 2311) * 2).to(dtype).requires_grad_()
+    t = (torch.randn(4, 3000) * 2).to(dtype)
+    labels = torch.tensor([1, 2310, -100, 700])
+    exact = leaf.detach().double().requires_grad_()
+    capped, teacher = 5 * torch.tanh(exact / 5), 5 * torch.tanh(t.double() / 5)
+    expected = 0.6 * uld(capped / 2, teacher / 2).mean()
+    expected = expected + 0.4 * F.cross_entropy(capped, labels, reduction="sum") / 4
+    (want,) = torch.autograd.grad(expected, exact)
+    loss = ops.divergence_loss(
+        leaf * 1,
+        t,
+        "uld",
+        temperature=2.0,
+        logit_softcap=5.0,
+        labels=labels,
+        label_weight=0.4,
+        inplace_grad=True,
+    )
+    (got,) = torch.autograd.grad(loss, leaf)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    rounding = {torch.float32: 3e-6, torch.bfloat16: 4e-3}[dtype]
+    # A sign that hangs on a last place moves a column by twice its share.
+    flipped = (got.double() - want).abs() > rounding * want.abs().max()
+    assert flipped.sum() <= 2
+
+
+def test_uld_has_no_statistics_of_pairs(level):
+    z, t = torch.randn(3, 300), torch.randn(3, 200)
+    _, stats = ops.divergence(z, t, "uld", return_stats=True)
+    for name in ("acceptance", "agreement", "student_below"):
+        assert getattr(stats, name).isnan().all()
+    torch.testing.assert_close(
+        stats.teacher_entropy, torch.distributions.Categorical(logits=t).entropy()
+    )
+    torch.testing.assert_close(stats.student_lse, z.logsumexp(-1))
