@@ -4,6 +4,8 @@
 //   any, all, match_any with a mask; atomics; __ldg and __constant__ tables; SHARED_ARRAY and
 //   SHARED_DYNAMIC, shared_add; load_vector and store_vector; tile.cuh
 #pragma once
+#include <type_traits>
+
 #include "rows.h"
 
 #if defined(STILLHOUSE_SIMT)
@@ -37,7 +39,8 @@ __device__ __forceinline__ T shared_add(SharedPointer<T> array, int64_t i, T val
 #if defined(STILLHOUSE_SIMT)
   return atomicAdd<typename SharedPointer<T>::Ref, T>(array[i], value);
 #else
-  return atomicAdd(array + i, value);
+  using Bits = std::conditional_t<sizeof(T) == 8, unsigned long long, T>;  // CUDA has it for no other
+  return T(atomicAdd(reinterpret_cast<Bits*>(array + i), Bits(value)));
 #endif
 }
 

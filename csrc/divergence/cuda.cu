@@ -83,17 +83,16 @@ void choose_type(const Problem<Real>& p, Launcher& launch) {
 // A row a multiprocessor at a time, and fewer where their scratch would be more than this.
 constexpr int64_t kSortScratch = int64_t(256) << 20;
 
-template <class Real>
+template <class Real, int kThreads, int kBins>
 void launch_sorted(const Problem<Real>& p, const Tensor& student, Launcher& launch) {
-  constexpr int kThreads = 512;
   const int64_t columns = p.vocab > p.teacher_vocab ? p.vocab : p.teacher_vocab;
   const int64_t bytes = SortScratch<Real>::bytes(columns);
   int64_t blocks = p.rows < launch.multiprocessors() ? p.rows : launch.multiprocessors();
   if (blocks * bytes > kSortScratch) blocks = kSortScratch / bytes > 1 ? kSortScratch / bytes : 1;
   const Tensor scratch = new_output(student, {blocks * bytes / 4}, ScalarType::Float);
-  launch("sorted", sorted_kernel<Real, kThreads>,
-         Grid{blocks, kThreads, DeviceSortedRow<Real, kThreads>::kShared * sizeof(int32_t)}, p,
-         static_cast<char*>(scratch.data_ptr()), columns);
+  launch("sorted", sorted_kernel<Real, kThreads, kBins>,
+         Grid{blocks, kThreads, DeviceSortedRow<Real, kThreads, kBins>::kShared * sizeof(int32_t)},
+         p, static_cast<char*>(scratch.data_ptr()), columns);
 }
 
 // out = sum of weight * value, by one block in an order that does not change.
@@ -125,7 +124,8 @@ struct Cuda {
       case kCrossEntropy:
         return choose_type<LabelsOnly>(p, launch);
       case kULD:
-        return launch_sorted<Real>(p, student, launch);
+        if (p.vocab <= kLarge) return launch_sorted<Real, 256, 512>(p, student, launch);
+        return launch_sorted<Real, 512, kRankBins>(p, student, launch);
 #define SH_CASE(number, Kind) \
   case number:                \
     return choose_type<Kind>(p, launch);

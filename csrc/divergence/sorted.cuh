@@ -16,7 +16,7 @@ struct SortScratch {
   int32_t* column[2];
   int8_t* sign[2];  // of columns
 
-  static int64_t bytes(int64_t columns) {
+  SH_INLINE static int64_t bytes(int64_t columns) {
     return (columns + 15) / 16 * 16 * 2 * int64_t(sizeof(Real) + sizeof(int32_t) + 1);
   }
   __device__ SortScratch(char* at, int64_t columns) {
@@ -53,21 +53,21 @@ __device__ void sort_descending(Real* key, int32_t* column, int64_t n) {
   }
 }
 
-template <class Real, int kThreads>
+template <class Real, int kThreads, int kBins>
 struct DeviceSortedRow {
   using T = Team<kThreads>;
   using Side = DeviceSide<Mixed, Real, false>;
   static constexpr int kSize = Side::kSize;
-  static constexpr int kBinsEach = kRankBins / kThreads;
+  static constexpr int kBinsEach = kBins / kThreads;
   static constexpr int kByWarp = 256;  // columns that are sorted by a warp, not by the block
-  static constexpr int64_t kShared = 4 * kRankBins + 2;  // elements of `bins`
+  static constexpr int64_t kShared = 4 * kBins + 2;  // elements of `bins`
 
   const Problem<Real>& problem;
   const int64_t r;
   const SortScratch<Real> scratch;
   Side side[2];
-  SharedPointer<int32_t> left[2];    // [kRankBins], columns of a bin; as they go to scratch, what is left
-  SharedPointer<int32_t> before[2];  // [kRankBins + 1], columns of the bins before
+  SharedPointer<int32_t> left[2];    // [kBins], columns of a bin; as they go to scratch, what is left
+  SharedPointer<int32_t> before[2];  // [kBins + 1], columns of the bins before
   Real gain2[2], shift[2], factor[2];
   double lse[2];
   bool labelled = false;
@@ -81,8 +81,8 @@ struct DeviceSortedRow {
     side[0] = Side(problem.student, r, problem.vocab);
     side[1] = Side(problem.teacher, r, problem.teacher_vocab);
     for (int s = 0; s < 2; ++s) {
-      left[s] = bins + s * kRankBins;
-      before[s] = bins + 2 * kRankBins + s * (kRankBins + 1);
+      left[s] = bins + s * kBins;
+      before[s] = bins + 2 * kBins + s * (kBins + 1);
       side[s].aligned = false;
     }
   }
@@ -104,6 +104,8 @@ struct DeviceSortedRow {
         if (start + i < side[s].vocab) f(start + i, probability(s, x[i]));
     });
   }
+  // kBins for none of them.
+  __device__ static int bin_of(Real q) { return rank_bin(q) / (kRankBins / kBins); }
   __device__ Real probability(int s, Real x) const {
     return factor[s] * fast_exp2((x - shift[s]) * gain2[s]);
   }
@@ -142,8 +144,8 @@ struct DeviceSortedRow {
     T::sync();
     for (int s = 0; s < 2; ++s)
       each(s, [&](int64_t, Real q) {
-        const int b = rank_bin(q);
-        if (b < kRankBins) shared_add<int32_t>(left[s], b, 1);
+        const int b = bin_of(q);
+        if (b < kBins) shared_add<int32_t>(left[s], b, 1);
       });
     T::sync();
     bool large = false;
@@ -158,7 +160,7 @@ struct DeviceSortedRow {
         sum += n;
         large = large || n > kByWarp;
       }
-      if (T::rank() == kThreads - 1) before[s][kRankBins] = sum;
+      if (T::rank() == kThreads - 1) before[s][kBins] = sum;
     }
     return __syncthreads_or(large);
   }
@@ -172,8 +174,8 @@ struct DeviceSortedRow {
 
   __device__ void to_scratch(int s) {
     each(s, [&](int64_t j, Real q) {
-      const int b = rank_bin(q);
-      if (b == kRankBins || sign_of(b) != 0) return;
+      const int b = bin_of(q);
+      if (b == kBins || sign_of(b) != 0) return;
       const int64_t at = before[s][b] + shared_add<int32_t>(left[s], b, -1) - 1;
       scratch.key[s][at] = q;
       scratch.column[s][at] = int32_t(j);
@@ -203,8 +205,8 @@ struct DeviceSortedRow {
   }
 
   __device__ Real sign(int s, int64_t j, Real q) const {
-    const int b = rank_bin(q);
-    if (b == kRankBins) return 0;
+    const int b = bin_of(q);
+    if (b == kBins) return 0;
     const int of_bin = sign_of(b);
     return Real(of_bin != 0 ? of_bin : scratch.sign[s][j]);
   }
@@ -214,9 +216,9 @@ struct DeviceSortedRow {
     const bool large = count_bins();
     for (int s = 0; s < 2; ++s) to_scratch(s);
     T::sync();
-    for (int b = int(threadIdx.x) / kWarpSize; b < kRankBins; b += T::kWarps)
+    for (int b = int(threadIdx.x) / kWarpSize; b < kBins; b += T::kWarps)
       if (sign_of(b) == 0 && !is_large(b)) match<kWarpSize>(b);
-    for (int b = 0; large && b < kRankBins; ++b)
+    for (int b = 0; large && b < kBins; ++b)
       if (sign_of(b) == 0 && is_large(b)) match<kThreads>(b);
     T::sync();
     Real part[2] = {};
@@ -299,14 +301,14 @@ struct DeviceSortedRow {
 };
 
 // Blocks take rows in turn, so that there is scratch for as many rows as there are blocks.
-template <class Real, int kThreads>
+template <class Real, int kThreads, int kBins>
 __global__ void __launch_bounds__(kThreads)
     sorted_kernel(const Problem<Real> problem, char* scratch, int64_t columns) {
   SHARED_DYNAMIC(int32_t, bins);
   char* const own = scratch + int64_t(blockIdx.x) * SortScratch<Real>::bytes(columns);
   for (int64_t r = blockIdx.x; r < problem.rows; r += gridDim.x) {
     if (!prepare_row<kThreads>(problem, r)) continue;
-    DeviceSortedRow<Real, kThreads> row(problem, r, bins, own, columns);
+    DeviceSortedRow<Real, kThreads, kBins> row(problem, r, bins, own, columns);
     row.run();
     __syncthreads();  // before the next row takes the bins
   }

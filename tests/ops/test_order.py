@@ -127,7 +127,9 @@ def test_uld_by_hand():
     assert ops.divergence(q.log(), q[[2, 0, 1]].log(), "uld").item() == pytest.approx(0, abs=3e-7)
 
 
-@pytest.mark.parametrize("widths", [(1, 3), (7, 7), (49, 130), (700, 301), (3001, 5003)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(1, 3), (7, 7), (49, 130), (700, 301), (3001, 5003), (9001, 12000)], ids=str
+)
 def test_uld_by_its_definition(widths, level):
     for scale in (0.3, 3.0):
         check_uld(torch.randn(4, widths[0]) * scale, torch.randn(4, widths[1]) * scale)
