@@ -291,8 +291,15 @@ def memory_call(
     cell: Cell, name: str, threads: int, device: str
 ) -> tuple[Callable[[], object], int]:
     """For `measure.peak_memory`: the warmed-up call, and the bytes of its fresh gradient."""
-    torch.set_num_threads(threads)
     provider = next(provider for provider in PROVIDERS if provider.name == name)
+    return warmed_up(provider, cell, threads, device)
+
+
+def warmed_up(
+    provider: Provider, cell: Cell, threads: int, device: str
+) -> tuple[Callable[[], object], int]:
+    """What `memory_call` returns, for one provider."""
+    torch.set_num_threads(threads)
     step = Step(provider, cell, device)
     # A small shape loads code and starts threads, and leaves no pool for the real call to hide in.
     small = Cell(cell.family, cell.kind, cell.form, cell.dtype, rows=64, columns=64)

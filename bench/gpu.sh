@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 SCRATCH=${SCRATCH:-build/gpu}
-FAMILIES=(divergence)
+FAMILIES=(divergence kinds)
 SHAPES=(--shape 512x49152 --shape 256x151936 --shape 512x32000 --shape 65536x256)
 
 if [ "${1:-}" = --needs ]; then
@@ -111,8 +111,11 @@ for family in "${FAMILIES[@]}"; do
   stamp=$SCRATCH/measured-$family
   [ -z "${FRESH:-}" ] && [ "$stamp" -nt "$PACKAGE/_cuda.so" ] && continue
   say "measuring $family"
-  "$PYTHON" -m bench --device cuda --family "$family" "${SHAPES[@]}" --rounds 25 \
-    --provider stillhouse --provider eager --provider torch.compile --csv bench/results.csv
+  shapes=("${SHAPES[@]}")
+  [ "$family" = kinds ] && shapes=(--no-memory) # every kind, at its main shape
+  "$PYTHON" -m bench --device cuda --family "$family" "${shapes[@]}" --rounds 25 \
+    --provider stillhouse --provider forward_kl --provider eager --provider torch.compile \
+    --csv bench/results.csv
   touch "$stamp"
 done
 say "done"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import divergence
-from .divergence import DTYPES, FLOOR, FORMS, MAIN_SHAPE, OURS, memory_call, runners
+from .divergence import DTYPES, FLOOR, FORMS, MAIN_SHAPE, OURS, runners, warmed_up
 from .grid import Cell, Provider
 
 __all__ = ["FLOOR", "NAME", "OURS", "PROVIDERS", "grid", "memory_call", "runners"]
@@ -209,22 +209,26 @@ def grid() -> list[Cell]:
     ]
 
 
-def _labels(cell: Cell) -> Tensor:
+@cache
+def _labels(cell: Cell, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, cell.columns, (cell.rows,), generator=generator)
+    return torch.randint(0, cell.columns, (cell.rows,), generator=generator).to(device)
 
 
 def _ours(cell: Cell, kind: object) -> Callable[[Tensor, Tensor], Tensor]:
     from stillhouse import ops
 
-    arguments = {"kind": kind}
-    if kind.needs_labels:
-        arguments["labels"] = _labels(cell)
-    in_place = {} if cell.form == "row" else {"inplace_grad": True}
-    op = partial(ops.divergence if cell.form == "row" else ops.divergence_loss, **arguments)
-    if kind.needs_teacher:
-        return partial(op, **in_place)
-    return lambda student, teacher: op(student, None, **in_place)
+    op = partial(ops.divergence, kind=kind)
+    if cell.form == "loss":
+        op = partial(ops.divergence_loss, kind=kind, inplace_grad=True)
+    if not kind.needs_labels:
+        return op
+
+    def labelled(student: Tensor, teacher: Tensor) -> Tensor:
+        shown = teacher if kind.needs_teacher else None
+        return op(student, shown, labels=_labels(cell, student.device))
+
+    return labelled
 
 
 def build_ours(cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
@@ -249,7 +253,11 @@ def build_eager(cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
     """Eager torch."""
     rows = PLAIN[cell.kind]
     if rows in (dkd, cross_entropy):
-        rows = partial(rows, labels=_labels(cell))
+        with_labels = rows
+
+        def rows(student: Tensor, teacher: Tensor) -> Tensor:
+            return with_labels(student, teacher, _labels(cell, student.device))
+
     return rows if cell.form == "row" else lambda student, teacher: rows(student, teacher).mean()
 
 
@@ -258,3 +266,11 @@ PROVIDERS = (
     Provider(FORWARD_KL, build_forward_kl, in_place=True),
     Provider("eager", build_eager),
 )
+
+
+def memory_call(
+    cell: Cell, name: str, threads: int, device: str
+) -> tuple[Callable[[], object], int]:
+    """For `measure.peak_memory`: the warmed-up call, and the bytes of its fresh gradient."""
+    provider = next(provider for provider in PROVIDERS if provider.name == name)
+    return warmed_up(provider, cell, threads, device)

@@ -1,7 +1,7 @@
 """Write the measured tables of README.md from bench/results.csv, or `--check` that they agree.
 
 Everything between `<!-- measured: NAME -->` and `<!-- end -->` is generated; NAME is a form of the
-divergence family. All cells of the CSV are shown, those where we lose in bold.
+divergence family, or `kinds`. All cells of the CSV are shown, those where we lose in bold.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def tables(form: str, rows: list[dict[str, str]]) -> str:
     """The tables of one form, one for each machine and torch."""
     places: dict[tuple, dict[tuple, dict]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["form"] == form:
+        if row["family"] == "divergence" and row["form"] == form:
             cell = (row["kind"], row["dtype"], int(row["columns"]), int(row["rows"]))
             places[context(row)][cell][row["provider"]] = row
     parts = []
@@ -71,6 +71,40 @@ def tables(form: str, rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Nothing has been measured yet.\n"
 
 
+def kinds(rows: list[dict[str, str]]) -> str:
+    """Every kind beside forward KL and beside its eager form."""
+    places: dict[tuple, dict[str, dict]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["family"] == "kinds" and row["median_ms"]:
+            cell = places[context(row)][row["kind"]].setdefault((row["form"], row["dtype"]), {})
+            cell[row["provider"]] = row
+    parts = []
+    for (machine, cpu, level, threads, torch), found in places.items():
+        every = [row for cells in found.values() for cell in cells.values() for row in cell.values()]
+        columns = sorted({key for cells in found.values() for key in cells})
+        shape = f"{every[0]['rows']} x {every[0]['columns']}"
+        days = sorted({row["date"] for row in every})
+        when = " to ".join(dict.fromkeys([days[0], days[-1]]))
+        title = f"{cpu} ({level}), {machine}, {threads} threads, torch {torch}, {shape}, {when}"
+        heads = [f"{form} {dtype}" for form, dtype in columns]
+        lines = ["| " + " | ".join(["kind", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
+        for kind in sorted(found):
+            cells = []
+            for column in columns:
+                cell = found[kind].get(column, {})
+                median = {name: float(row["median_ms"]) for name, row in cell.items()}
+                if {OURS, "forward_kl", "eager"} <= median.keys():
+                    ours = median[OURS]
+                    cells.append(
+                        f"{ours / median['forward_kl']:.2f}, {times(median['eager'] / ours)}"
+                    )
+                else:
+                    cells.append("")
+            lines.append("| " + " | ".join([f"`{kind}`", *cells]) + " |")
+        parts.append("\n".join([f"{title}:", "", *lines]))
+    return "\n\n".join(parts) + "\n" if parts else "Nothing has been measured yet.\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="fail where README.md differs")
@@ -83,7 +117,9 @@ def main() -> int:
     if not REGION.search(text):
         print("README.md has no <!-- measured: ... --> region to fill", file=sys.stderr)
         return 1
-    made = REGION.sub(lambda m: m[1] + tables(m[2], rows) + m[4], text)
+    made = REGION.sub(
+        lambda m: m[1] + (kinds(rows) if m[2] == "kinds" else tables(m[2], rows)) + m[4], text
+    )
     if options.check:
         if made != text:
             hint = "run tools/readme_tables.py"

@@ -141,13 +141,13 @@ struct DeviceSortedRow {
   // Counts, and how many there are in the bins before. Returns whether the whole block has to sort.
   __device__ bool count_bins() {
     for (int i = 0; i < 2 * kBinsEach; ++i) left[0][T::rank() + i * kThreads] = 0;
-    T::sync();
+    __syncthreads();
     for (int s = 0; s < 2; ++s)
       each(s, [&](int64_t, Real q) {
         const int b = bin_of(q);
         if (b < kBins) shared_add<int32_t>(left[s], b, 1);
       });
-    T::sync();
+    __syncthreads();
     bool large = false;
     for (int s = 0; s < 2; ++s) {
       int32_t own = 0;
@@ -215,12 +215,12 @@ struct DeviceSortedRow {
     normalise();
     const bool large = count_bins();
     for (int s = 0; s < 2; ++s) to_scratch(s);
-    T::sync();
+    __syncthreads();
     for (int b = int(threadIdx.x) / kWarpSize; b < kBins; b += T::kWarps)
       if (sign_of(b) == 0 && !is_large(b)) match<kWarpSize>(b);
     for (int b = 0; large && b < kBins; ++b)
       if (sign_of(b) == 0 && is_large(b)) match<kThreads>(b);
-    T::sync();
+    __syncthreads();
     Real part[2] = {};
     for (int s = 0; s < 2; ++s)
       each(s, [&](int64_t j, Real q) { part[s] += q * sign(s, j, q); });

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from stillhouse.bench import divergence, measure
+from stillhouse.bench import divergence, kinds, measure
 from stillhouse.bench.driver import COLUMNS
 from stillhouse.bench.grid import Cell
 
-from stillhouse import bench
+from stillhouse import bench, ops
 
 TINY = ["--shape", "4x64", "--kind", "jsd", "--dtype", "fp32", "--rounds", "2"]
 
@@ -57,7 +57,7 @@ def test_a_second_measurement_replaces_the_first(tmp_path):
     [
         (["--shape", "512"], "--shape wants two positive numbers"),
         (["--shape", "0x7"], "--shape wants two positive numbers"),
-        (["--kind", "hellinger"], "--kind hellinger: not one of forward_kl, jsd(0.5)"),
+        (["--kind", "kl"], "--kind kl: not one of AdaptiveKL(), AlphaBeta()"),
         (["--provider", "nobody"], "--provider nobody: not one of"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--roun", "3"], "unrecognized arguments"),
@@ -94,6 +94,30 @@ def test_all_providers_compute_the_same_gradient(kind, form):
     assert {"stillhouse", "eager", "torch.compile"} <= set(found)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, found["eager"], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_every_kind_is_measured():
+    measured = {kind.split("(")[0] for kind in kinds.PLAIN} | {"ForwardKL"}
+    assert measured == {kind.__name__ for kind in ops.KINDS.values()}
+
+
+@pytest.mark.parametrize("form", divergence.FORMS)
+@pytest.mark.parametrize("kind", kinds.PLAIN)
+def test_the_eager_form_of_every_kind_computes_the_same_gradient(kind, form):
+    cell = Cell(kinds.NAME, kind, form, "fp32", rows=6, columns=101)
+    found = []
+    for provider in (kinds.PROVIDERS[0], kinds.PROVIDERS[-1]):
+        student, teacher = divergence.make_logits(cell, "cpu")
+        _, (gradient,) = divergence.Step(provider, cell, "cpu")(student, teacher)
+        found.append(gradient)
+    torch.testing.assert_close(*found, atol=5e-6, rtol=1e-3)
+
+
+def test_the_memory_of_a_kind_is_probed():
+    cell = Cell(kinds.NAME, "DKD()", "loss", "fp32", rows=6, columns=101)
+    call, fresh = kinds.memory_call(cell, "stillhouse", 1, "cpu")
+    call()
+    assert fresh == 0  # in place
 
 
 def test_rounds_are_interleaved_and_stop_at_the_limit():

@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 3
-SELECTED = "simt and (cross_entropy or widths and (JSD or Forward))"
-TESTS = ["tests/ops/test_parity.py", "-q", "-x", "-k", SELECTED]
+SELECTED = "simt and (cross_entropy or widths and (JSD or Forward) or adaptive or uld)"
+TESTS = ["tests/ops/test_parity.py", "tests/ops/test_order.py", "-q", "-x", "-k", SELECTED]
 BARRIER = re.compile(r"__syncthreads\(\)|__syncwarp\(")
 MASKED = re.compile(r"__(shfl\w*|ballot|any|all|match_any)_sync\(")
 
