@@ -90,7 +90,10 @@ struct DivergenceRow {
   bool all_bf16(int64_t r) const {
     const bool gradient_too = problem.gradient.data == nullptr ||
                               (problem.gradient.dtype == Dtype::bf16 && !labelled(problem, r));
-    const bool as_they_are = student.cap == 0 && teacher.cap == 0 && teacher.student == nullptr;
+    // Pass 2 does not ask for the logits of a mixture if it has their exponentials; statistics do.
+    const bool mixed =
+        teacher.student != nullptr && (problem.stats != nullptr || w.q == nullptr);
+    const bool as_they_are = student.cap == 0 && teacher.cap == 0 && !mixed;
     return student.dtype == Dtype::bf16 && teacher.dtype == Dtype::bf16 && gradient_too &&
            as_they_are;
   }
@@ -98,8 +101,9 @@ struct DivergenceRow {
   // Whether the block's student, teacher and gradient can be used where they lie, as T.
   template <class T>
   bool plain(int64_t start) const {
+    if (std::is_same<T, Bf16>::value)
+      return student.as_bf16 && student.whole_lanes(start) && teacher.whole_lanes(start);
     if (!student.plain(start) || !teacher.plain(start)) return false;
-    if (std::is_same<T, Bf16>::value) return student.as_bf16;
     constexpr Dtype dtype = DtypeOf<T>::value;
     return student.dtype == dtype && teacher.dtype == dtype &&
            (gradient == nullptr || (problem.gradient.dtype == dtype && !label.on));

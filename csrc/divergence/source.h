@@ -161,11 +161,13 @@ struct Source {
 
   int64_t columns(int64_t start) const { return vocab - start < kBlock ? vocab - start : kBlock; }
 
-  // Whether a block's x are the row's own elements, all lanes of them.
-  bool plain(int64_t start) const {
-    return cap == 0 && student == nullptr && columns(start) % kLanes == 0 &&
+  // Whether all lanes of a block are the row's own elements.
+  bool whole_lanes(int64_t start) const {
+    return cap == 0 && columns(start) % kLanes == 0 &&
            !(without >= start && without < start + kBlock);
   }
+  // And its x are these elements as they are.
+  bool plain(int64_t start) const { return student == nullptr && whole_lanes(start); }
   template <class In>
   const In* plain_block(int64_t start) const {
     return reinterpret_cast<const In*>(row) + start;
@@ -202,12 +204,31 @@ struct Source {
   template <class F>
   SH_INLINE Real with_block(int64_t start, F f) {
     const int64_t n = padded(columns(start));
-    if constexpr (sizeof(Real) == 4)
-      if (as_bf16 && plain(start)) return f(n, plain_block<Bf16>(start));
+    if constexpr (sizeof(Real) == 4) {
+      if (as_bf16 && whole_lanes(start)) {
+        const Bf16* x = plain_block<Bf16>(start);
+        if (student == nullptr) return f(n, x);
+        mix_bf16(n, x, student->template plain_block<Bf16>(start));
+        return f(n, static_cast<const Real*>(buffer));
+      }
+    }
     return f(n, load(start));
   }
 
  private:
+  // Into the buffer, in the order of load_step().
+  void mix_bf16(int64_t n, const Bf16* own, const Bf16* z) {
+    in_buffer = -1;
+    const Lane<Real> a(weight * own_gain), b((1 - weight) * student->gain);
+    for (int64_t j = 0; j < n; j += kLanes) {
+      SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+        Lane<Real> own_i, z_i;
+        load_step(own + j, i, own_i);
+        load_step(z + j, i, z_i);
+        store(mul_add(a, own_i, b * z_i), buffer + j + i * kWidth<Real>);
+      }
+    }
+  }
   void mix(int64_t start, int64_t end) {
     const Real* z = student->load(start);
     const Real a = weight * own_gain, b = (1 - weight) * student->gain;

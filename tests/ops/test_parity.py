@@ -86,7 +86,8 @@ def path(request, monkeypatch):
 
 
 def widths(level):
-    return [w for w in WIDTHS if w <= 4099] if level == "simt" else WIDTHS
+    # What the executor leaves out is awkward to vectors of a CPU, not to chunks of 16 bytes.
+    return [1, 2, 31, 49, 252, 1000, 2048, 2049] if level == "simt" else WIDTHS
 
 
 def logits(rows, width, dtype, scale=3.0):
@@ -218,7 +219,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_arguments(kind, dtype, arguments, level, path):
-    for width in (252, 2311):
+    once = level == "simt" and path == "streaming"  # above 248 columns it is the kernel's own choice
+    for width in (252,) if once else (252, 2311):
         compare(logits(2, width, dtype), logits(2, width, dtype), kind, **arguments)
 
 
