@@ -236,9 +236,7 @@ def build_ours(cell: Cell) -> Callable[[Tensor, Tensor], Tensor]:
     from stillhouse import ops
 
     name, _, parameters = cell.kind.rstrip(")").partition("(")
-    parsed = [
-        float(p) if p[0].isdigit() else p.strip("'") for p in parameters.split(", ") if p
-    ]
+    parsed = [float(p) if p[0].isdigit() else p.strip("'") for p in parameters.split(", ") if p]
     return _ours(cell, getattr(ops, name)(*parsed))
 
 

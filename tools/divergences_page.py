@@ -1,4 +1,4 @@
-"""Write docs/divergences.md and its plot from the table of kinds, or `--check` that the page agrees.
+"""Write docs/divergences.md and its plot from the table of kinds, or `--check` the page.
 
 Names, parameters, sources and gradients to the teacher are those of `stillhouse.ops`. The formulas
 stand here as expressions, which tests/test_divergences_page.py evaluates against the kernels.
@@ -212,10 +212,11 @@ HEAD = """# Divergences
 
 <!-- Written by tools/divergences_page.py: change it there. -->
 
-Student logits z and teacher logits v, both divided by their temperature; q and p their softmaxes, lq and
-lp the logarithms of those, V columns. `kl(p, q)` is the sum of p (lp - lq) with 0 log 0 = 0. Gradients are
-with respect to z, that is T times those with respect to the student's logits. No value carries a hidden
-T squared. The expressions below are evaluated against the kernels by tests/test_divergences_page.py.
+Student logits z and teacher logits v, both divided by their temperature; q and p their softmaxes,
+lq and lp the logarithms of those, V columns. `kl(p, q)` is the sum of p (lp - lq) with 0 log 0 =
+0. Gradients are with respect to z, that is T times those with respect to the student's logits. No
+value carries a hidden T squared. The expressions below are evaluated against the kernels by
+tests/test_divergences_page.py.
 """
 
 PICTURE = """A kind of your own: [adding-a-divergence.md](adding-a-divergence.md).
@@ -224,32 +225,33 @@ PICTURE = """A kind of your own: [adding-a-divergence.md](adding-a-divergence.md
 
 ![gradients](divergences.png)
 
-T dD/dz of one of two columns over q - p, for p = 0.3, beside that of forward KL (grey): how hard a kind
-pulls at a column that is too small (left of 0) or too large. With two columns DKD is its first part
-alone, ULD compares the larger of q with the larger of p, and standardised rows are always the same;
-labels are the column's own.
+T dD/dz of one of two columns over q - p, for p = 0.3, beside that of forward KL (grey): how hard
+a kind pulls at a column that is too small (left of 0) or too large. With two columns DKD is its
+first part alone, ULD compares the larger of q with the larger of p, and standardised rows are
+always the same; labels are the column's own.
 """
 
 COMMON = """## What holds for all of them
 
-- **Columns.** A logit of -inf is a column without mass: where both sides have it, it adds nothing. Where
-  p > 0 and q = 0 the value is what the formula says, +inf for forward KL. A NaN or +inf makes its row's
-  value and all of the row's gradient NaN.
-- **Sums and shifts.** The gradient of a divergence of probabilities sums to 0 over a row, and a constant
-  that is added to a side's logits changes nothing.
-- **Near p = q** values are summed as terms that are >= 0, near 0 by their Taylor series: a KL of 5e-7
-  between float32 rows is right to 1e-4, and equal rows give exactly 0.
-- **Teacher's gradient.** Where the table says so, `ops.divergence` differentiates the teacher, too. It is
-  the student's gradient of the kind with the sides exchanged.
-- **Statistics.** `return_stats=True` gives acceptance = sum min(p, q), top-1 agreement, both entropies,
-  both log-sum-exps, and `student_below` = sum of q where q < p, of the same pass. TAID's are those of
-  its target, StandardizedKL's of the standardised rows. ULD has only what belongs to one side,
-  CrossEntropy only the student's: the others are NaN.
-- **Reductions elsewhere.** torch's `batchmean` divides by all rows, padding included; TRL by the tokens
-  that count. `ops.divergence` leaves it to you, `ops.divergence_loss` divides by the sum of weights or
-  by the `denominator` that it is given. Liger pads a smaller vocabulary with logits of 0, which have
-  mass; ours reads `vocab_size` columns.
+- **Columns.** A logit of -inf is a column without mass: where both sides have it, it adds
+  nothing. Where p > 0 and q = 0 the value is what the formula says, +inf for forward KL. A NaN or
+  +inf makes its row's value and all of the row's gradient NaN.
+- **Sums and shifts.** The gradient of a divergence of probabilities sums to 0 over a row, and a
+  constant that is added to a side's logits changes nothing.
+- **Near p = q** values are summed as terms that are >= 0, near 0 by their Taylor series: a KL of
+  5e-7 between float32 rows is right to 1e-4, and equal rows give exactly 0.
+- **Teacher's gradient.** Where the table says so, `ops.divergence` differentiates the teacher,
+  too. It is the student's gradient of the kind with the sides exchanged.
+- **Statistics.** `return_stats=True` gives acceptance = sum min(p, q), top-1 agreement, both
+  entropies, both log-sum-exps, and `student_below` = sum of q where q < p, of the same pass.
+  TAID's are those of its target, StandardizedKL's of the standardised rows. ULD has only what
+  belongs to one side, CrossEntropy only the student's: the others are NaN.
+- **Reductions elsewhere.** torch's `batchmean` divides by all rows, padding included; TRL by the
+  tokens that count. `ops.divergence` leaves it to you, `ops.divergence_loss` divides by the sum
+  of weights or by the `denominator` that it is given. Liger pads a smaller vocabulary with logits
+  of 0, which have mass; ours reads `vocab_size` columns.
 """
+
 
 def domain(kind: type[ops.Kind]) -> str:
     """Parameters with their defaults."""

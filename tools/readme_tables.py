@@ -80,7 +80,7 @@ def kinds(rows: list[dict[str, str]]) -> str:
             cell[row["provider"]] = row
     parts = []
     for (machine, cpu, level, threads, torch), found in places.items():
-        every = [row for cells in found.values() for cell in cells.values() for row in cell.values()]
+        every = [r for cells in found.values() for cell in cells.values() for r in cell.values()]
         columns = sorted({key for cells in found.values() for key in cells})
         shape = f"{every[0]['rows']} x {every[0]['columns']}"
         days = sorted({row["date"] for row in every})

@@ -39,7 +39,8 @@ __device__ __forceinline__ T shared_add(SharedPointer<T> array, int64_t i, T val
 #if defined(STILLHOUSE_SIMT)
   return atomicAdd<typename SharedPointer<T>::Ref, T>(array[i], value);
 #else
-  using Bits = std::conditional_t<sizeof(T) == 8, unsigned long long, T>;  // CUDA has it for no other
+  using Bits =
+      std::conditional_t<sizeof(T) == 8, unsigned long long, T>;  // CUDA has it for no other
   return T(atomicAdd(reinterpret_cast<Bits*>(array + i), Bits(value)));
 #endif
 }

@@ -67,7 +67,8 @@ template <class Real>
 Head<Real> find_head(Source<Real>& teacher, const Normaliser<Real>& normaliser, double most,
                      const Workspace<Real>& w) {
   constexpr int kBins = 1024, kFew = 16;
-  const double least = (normaliser.lse + std::log(least_in_head(most, teacher.vocab))) / teacher.gain;
+  const double least =
+      (normaliser.lse + std::log(least_in_head(most, teacher.vocab))) / teacher.gain;
   Candidates<Real> c{w.order, w.order + w.order_part,
                      reinterpret_cast<int32_t*>(w.order + 2 * w.order_part)};
   c.gather(teacher, Real(least) - Real(1e-3) * (1 + magnitude(Real(least))));

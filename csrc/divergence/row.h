@@ -16,7 +16,7 @@ struct DivergenceRow {
   Source<Real> student, teacher;
   Normaliser<Real> z_normaliser, t_normaliser;
   LabelTerm<Real> label;
-  LabelColumn column;  // the label's own, for kinds whose rows are without it
+  LabelColumn column;    // the label's own, for kinds whose rows are without it
   double means[2] = {};  // of the tempered logits, for kinds without them
   RowScalars<Real, Uniform<Real>> scalars;
   Real weight = 0;
@@ -91,8 +91,7 @@ struct DivergenceRow {
     const bool gradient_too = problem.gradient.data == nullptr ||
                               (problem.gradient.dtype == Dtype::bf16 && !labelled(problem, r));
     // Pass 2 does not ask for the logits of a mixture if it has their exponentials; statistics do.
-    const bool mixed =
-        teacher.student != nullptr && (problem.stats != nullptr || w.q == nullptr);
+    const bool mixed = teacher.student != nullptr && (problem.stats != nullptr || w.q == nullptr);
     const bool as_they_are = student.cap == 0 && teacher.cap == 0 && !mixed;
     return student.dtype == Dtype::bf16 && teacher.dtype == Dtype::bf16 && gradient_too &&
            as_they_are;
@@ -259,8 +258,7 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
                     const Workspace<Real>& w) {
   DivergenceRow<Kind, Real> row(problem, r, next, w);
   // Before pass 2, which may write the gradient over the student.
-  const Real agreement =
-      problem.stats != nullptr && row.top_columns_agree();
+  const Real agreement = problem.stats != nullptr && row.top_columns_agree();
   row.run();
   Sums& sums = row.sums;
   double lse[2] = {row.z_normaliser.lse, row.t_normaliser.lse};
@@ -276,8 +274,7 @@ void divergence_row(const Problem<Real>& problem, int64_t r, int64_t next,
   if (problem.stats != nullptr)
     write_stats<Real>(problem, r,
                       {Real(sums.acceptance), agreement, Real(sums.student_entropy),
-                       Real(sums.teacher_entropy), Real(lse[0]), Real(lse[1]),
-                       Real(sums.below)});
+                       Real(sums.teacher_entropy), Real(lse[0]), Real(lse[1]), Real(sums.below)});
 }
 
 // Cross-entropy to labels: the label term alone, one side.

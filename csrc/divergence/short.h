@@ -209,7 +209,8 @@ void short_rows(const Problem<Real>& problem, const int64_t* r, int count, int64
     if (!with_gradient && !Kind::kFinish) {
       add_lanes(block_value<Kind>(b, problem.params, touch), value);
     } else if constexpr (kOnePass<Kind>) {
-      add_lanes(block_gradient<Kind, true>(b, problem.params, to_lanes(weight), g + at, touch), value);
+      add_lanes(block_gradient<Kind, true>(b, problem.params, to_lanes(weight), g + at, touch),
+                value);
     } else {
       const Slopes<Real> s = block_slopes<Kind, true>(b, problem.params, touch);
       add_lanes(s.value, value);

@@ -66,7 +66,7 @@ struct DeviceSortedRow {
   const int64_t r;
   const SortScratch<Real> scratch;
   Side side[2];
-  SharedPointer<int32_t> left[2];    // [kBins], columns of a bin; as they go to scratch, what is left
+  SharedPointer<int32_t> left[2];  // [kBins], columns of a bin; as they go to scratch, what is left
   SharedPointer<int32_t> before[2];  // [kBins + 1], columns of the bins before
   Real gain2[2], shift[2], factor[2];
   double lse[2];
@@ -222,8 +222,7 @@ struct DeviceSortedRow {
       if (sign_of(b) == 0 && is_large(b)) match<kThreads>(b);
     __syncthreads();
     Real part[2] = {};
-    for (int s = 0; s < 2; ++s)
-      each(s, [&](int64_t j, Real q) { part[s] += q * sign(s, j, q); });
+    for (int s = 0; s < 2; ++s) each(s, [&](int64_t j, Real q) { part[s] += q * sign(s, j, q); });
     sums[kSlope] = double(part[0]), sums[kOther] = double(part[1]);
     if (problem.stats != nullptr) add_entropies();
     T::reduce(sums, Add());
@@ -289,13 +288,9 @@ struct DeviceSortedRow {
     }
     if (problem.stats == nullptr) return;
     const Real none = NAN;  // a column of one side has nothing to do with that of the other
-    const Real values[kStats] = {none,
-                                 none,
-                                 Real(sums[kStudentEntropy]),
-                                 Real(sums[kTeacherEntropy]),
-                                 Real(lse[0]),
-                                 Real(lse[1]),
-                                 none};
+    const Real values[kStats] = {
+        none,         none, Real(sums[kStudentEntropy]), Real(sums[kTeacherEntropy]), Real(lse[0]),
+        Real(lse[1]), none};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
   }
 };

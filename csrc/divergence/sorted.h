@@ -15,8 +15,9 @@ struct Range {
 
 // The bins from the largest probabilities on, in ranges.
 struct Ranges {
-  static constexpr int32_t kFewest = 32;  // a shorter range is cheaper sorted than told from its neighbours
-  static constexpr int kFew = 6;          // more are looked up in a table
+  static constexpr int32_t kFewest =
+      32;                         // a shorter range is cheaper sorted than told from its neighbours
+  static constexpr int kFew = 6;  // more are looked up in a table
   Range at[kRankBins];
   int count = 0;
 
@@ -52,9 +53,9 @@ template <class Real>
 struct SortedSide {
   Source<Real> source;
   Normaliser<Real> normaliser;
-  Real* q;              // [padded(vocab)], probabilities; of a plain bfloat16 block in the order of load_step()
-  Real* key;            // [vocab], probabilities of the columns that are to be sorted, range by range
-  int32_t* column;      // [vocab]
+  Real* q;  // [padded(vocab)], probabilities; of a plain bfloat16 block in the order of load_step()
+  Real* key;        // [vocab], probabilities of the columns that are to be sorted, range by range
+  int32_t* column;  // [vocab]
   const bool is_student;
   int32_t count[kRankBins + 1];  // of bins
   int32_t end[kRankBins];        // of the lists of ranges
@@ -153,8 +154,7 @@ struct SortedSide {
   // Of kLanes columns those that were given no sign.
   void list(int64_t start, const Real* signed_q) {
     uint32_t open = 0;
-    for (int i = 0; i < kLanes; ++i)
-      open |= uint32_t(signed_q[i] == 0 && q[start + i] > 0) << i;
+    for (int i = 0; i < kLanes; ++i) open |= uint32_t(signed_q[i] == 0 && q[start + i] > 0) << i;
     for (; open != 0; open &= open - 1) {
       const int64_t at = start + __builtin_ctz(open);
       const int i = range_of[rank_bin(q[at])];
@@ -189,8 +189,7 @@ struct SortedSide {
         int64_t i = low, j = middle;
         for (int64_t at = low; at < high; ++at) {
           const bool right =
-              i == middle ||
-              (j < high && before(from[j], from_column[j], from[i], from_column[i]));
+              i == middle || (j < high && before(from[j], from_column[j], from[i], from_column[i]));
           const int64_t taken = right ? j++ : i++;
           to[at] = from[taken], to_column[at] = from_column[taken];
         }
@@ -228,10 +227,8 @@ struct SortedRow {
     const auto touch = [&](const Rows& rows) {
       return Prefetch{row_of(rows, next), kLanes * element_size(rows.dtype)};
     };
-    student.normaliser =
-        exponentials(z, w.q, w.q_shift, w.student_e, touch(problem.student.rows));
-    teacher.normaliser =
-        exponentials(t, w.p, w.p_shift, w.teacher_e, touch(problem.teacher.rows));
+    student.normaliser = exponentials(z, w.q, w.q_shift, w.student_e, touch(problem.student.rows));
+    teacher.normaliser = exponentials(t, w.p, w.p_shift, w.teacher_e, touch(problem.teacher.rows));
     label = LabelTerm<Real>(problem, r, z, student.normaliser, w);
   }
 

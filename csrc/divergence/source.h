@@ -338,11 +338,10 @@ Real entropy_of(Source<Real>& source, const Normaliser<Real>& normaliser, Real* 
   for (int64_t start = 0; start < source.vocab; start += kBlock) {
     const Real* x = source.load(start);
     const int64_t n = padded(source.columns(start));
-    block_exp(n, x, source.gain2(), Uniform<Real>(normaliser.shift), e,
-              Prefetch::none(source.row));
+    block_exp(n, x, source.gain2(), Uniform<Real>(normaliser.shift), e, Prefetch::none(source.row));
     Real part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t j = 0; j < n; ++j) 
+    for (int64_t j = 0; j < n; ++j)
       part -= times(factor * e[j], mul_add(gain, x[j], lse.high.value) + lse.low.value);
     sum += part;
   }

@@ -114,7 +114,7 @@ def probabilities(call):
 
 
 def tied(q, p):
-    """Columns whose partner of the same rank is as large, to rounding: their sign under ULD is open."""
+    """Columns whose partner of the same rank is as large, to rounding: ULD has them of any sign."""
     order = q.argsort(dim=-1, descending=True, stable=True)
     width = max(q.shape[-1], p.shape[-1])
     q, p = (
@@ -219,7 +219,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_arguments(kind, dtype, arguments, level, path):
-    once = level == "simt" and path == "streaming"  # above 248 columns it is the kernel's own choice
+    # Above 248 columns streaming is the kernel's own choice.
+    once = level == "simt" and path == "streaming"
     for width in (252,) if once else (252, 2311):
         compare(logits(2, width, dtype), logits(2, width, dtype), kind, **arguments)
 

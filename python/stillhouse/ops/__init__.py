@@ -3,10 +3,10 @@
 from ._library import cpu_level
 from .divergence import Stats, divergence, divergence_loss
 from .kinds import (
+    DKD,
     JSD,
     KINDS,
     TAID,
-    DKD,
     TVD,
     ULD,
     AdaptiveKL,

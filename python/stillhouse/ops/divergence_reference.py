@@ -115,7 +115,8 @@ def _decoupled(lq: Tensor, lp: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> 
     y = labels[..., None]
     is_label = torch.zeros_like(lq, dtype=torch.bool).scatter(-1, y, True)
 
-    def parts(log_p: Tensor) -> tuple[Tensor, Tensor]:  # log-probabilities of {y, rest}, and in the rest
+    def parts(log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of {y, the rest}, and of the columns within the rest."""
         rest = log_p.masked_fill(is_label, -torch.inf)
         total = rest.logsumexp(-1, keepdim=True)
         return torch.cat([log_p.gather(-1, y), total], -1), rest - total
