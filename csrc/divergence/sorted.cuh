@@ -21,6 +21,7 @@ struct SortScratch {
   }
   __device__ SortScratch(char* at, int64_t columns) {
     const int64_t n = (columns + 15) / 16 * 16;
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       key[s] = reinterpret_cast<Real*>(at) + s * n;
       column[s] = reinterpret_cast<int32_t*>(at + 2 * n * sizeof(Real)) + s * n;
@@ -80,6 +81,7 @@ struct DeviceSortedRow {
       : problem(problem), r(r), scratch(scratch, columns) {
     side[0] = Side(problem.student, r, problem.vocab);
     side[1] = Side(problem.teacher, r, problem.teacher_vocab);
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       left[s] = bins + s * kBins;
       before[s] = bins + 2 * kBins + s * (kBins + 1);
@@ -113,6 +115,7 @@ struct DeviceSortedRow {
   __device__ void normalise() {
     labelled = stillhouse::labelled(problem, r);
     const Real ratio = Real(problem.student.temperature / problem.label_temperature);
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       gain2[s] = Real(side[s].gain * kLog2e);
       const bool with_label = labelled && s == 0;
@@ -142,6 +145,7 @@ struct DeviceSortedRow {
   __device__ bool count_bins() {
     for (int i = 0; i < 2 * kBinsEach; ++i) left[0][T::rank() + i * kThreads] = 0;
     __syncthreads();
+#pragma unroll
     for (int s = 0; s < 2; ++s)
       each(s, [&](int64_t, Real q) {
         const int b = bin_of(q);
@@ -149,6 +153,7 @@ struct DeviceSortedRow {
       });
     __syncthreads();
     bool large = false;
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       int32_t own = 0;
       for (int i = 0; i < kBinsEach; ++i) own += left[s][T::rank() * kBinsEach + i];
@@ -187,8 +192,10 @@ struct DeviceSortedRow {
   __device__ void match(int b) {
     const int32_t first[2] = {before[0][b], before[1][b]};
     const int32_t n[2] = {before[0][b + 1] - first[0], before[1][b + 1] - first[1]};
+#pragma unroll
     for (int s = 0; s < 2; ++s)
       sort_descending<kTeam>(scratch.key[s] + first[s], scratch.column[s] + first[s], n[s]);
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       const int other = 1 - s, side_sign = s == 0 ? 1 : -1;
       for (int64_t i = Team<kTeam>::rank(); i < n[s]; i += kTeam) {
@@ -214,6 +221,7 @@ struct DeviceSortedRow {
   __device__ void run() {
     normalise();
     const bool large = count_bins();
+#pragma unroll
     for (int s = 0; s < 2; ++s) to_scratch(s);
     __syncthreads();
     for (int b = int(threadIdx.x) / kWarpSize; b < kBins; b += T::kWarps)
@@ -222,6 +230,7 @@ struct DeviceSortedRow {
       if (sign_of(b) == 0 && is_large(b)) match<kThreads>(b);
     __syncthreads();
     Real part[2] = {};
+#pragma unroll
     for (int s = 0; s < 2; ++s) each(s, [&](int64_t j, Real q) { part[s] += q * sign(s, j, q); });
     sums[kSlope] = double(part[0]), sums[kOther] = double(part[1]);
     if (problem.stats != nullptr) add_entropies();
@@ -234,6 +243,7 @@ struct DeviceSortedRow {
   }
 
   __device__ void add_entropies() {
+#pragma unroll
     for (int s = 0; s < 2; ++s) {
       const auto minus_lse = minus_two_part<Real>(lse[s]);
       Real part = 0;
@@ -297,7 +307,7 @@ struct DeviceSortedRow {
 
 // Blocks take rows in turn, so that there is scratch for as many rows as there are blocks.
 template <class Real, int kThreads, int kBins>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sorted_kernel(const Problem<Real> problem, char* scratch, int64_t columns) {
   SHARED_DYNAMIC(int32_t, bins);
   char* const own = scratch + int64_t(blockIdx.x) * SortScratch<Real>::bytes(columns);
