@@ -37,6 +37,8 @@ SH_INLINE Mask16x operator>(Float16x a, Float16x b) {
 }
 SH_INLINE Mask16x operator<(Float16x a, Float16x b) { return b > a; }
 
+SH_INLINE uint32_t bits_of(Mask16x mask) { return mask.k; }
+
 SH_INLINE Float16x select(Mask16x condition, Float16x yes, Float16x no) {
   return _mm512_mask_mov_ps(no.v, condition.k, yes.v);
 }
@@ -194,6 +196,8 @@ SH_INLINE float max_of(float x) { return x; }
 SH_INLINE double max_of(double x) { return x; }
 SH_INLINE float sum_of(float x) { return x; }
 SH_INLINE double sum_of(double x) { return x; }
+
+SH_INLINE uint32_t bits_of(bool mask) { return mask; }
 
 // What a loop over elements of type Real takes at a time.
 template <class Real>

@@ -143,16 +143,6 @@ inline std::vector<int64_t> leading_shape(const Tensor& x) {
 constexpr ScalarType real_type(float) { return ScalarType::Float; }
 constexpr ScalarType real_type(double) { return ScalarType::Double; }
 
-template <class Real>
-Tensor new_stats(const Tensor& student, bool wanted) {
-  std::vector<int64_t> shape{0};
-  if (wanted) {
-    shape = leading_shape(student);
-    shape.insert(shape.begin(), kStats);
-  }
-  return torch::stable::new_empty(student, shape, real_type(Real()));
-}
-
 inline bool in_double(const Arguments& a) {
   return a.student.scalar_type() == ScalarType::Double ||
          (a.teacher && a.teacher->scalar_type() == ScalarType::Double);

@@ -314,8 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t r = blockIdx.x; r < problem.rows; r += gridDim.x) {
     if (!prepare_row<kThreads>(problem, r)) continue;
     DeviceSortedRow<Real, kThreads, kBins> row(problem, r, bins, own, columns);
-    row.run();
-    __syncthreads();  // before the next row takes the bins
+    row.run();  // the next row takes the bins behind the barriers of its normalise()
   }
 }
 

@@ -17,7 +17,7 @@ struct Range {
 struct Ranges {
   static constexpr int32_t kFewest =
       32;                         // a shorter range is cheaper sorted than told from its neighbours
-  static constexpr int kFew = 6;  // more are looked up in a table
+  static constexpr int kFew = 10;  // more are looked up in a table
   Range at[kRankBins];
   int count = 0;
 
@@ -144,7 +144,11 @@ struct SortedSide {
           part[i] += h;
           open[i] = pi - magnitude(h);
         }
-        if (listed > 0 && fold_sum(open) > 0) list(start + j, out + j);
+        if (listed == 0 || !(fold_sum(open) > 0)) continue;
+        uint32_t bits = 0;
+        for (int64_t i = 0; i < kSteps<Real>; ++i)
+          bits |= bits_of(open[i] > Lane<Real>(0)) << (i * kWidth<Real>);
+        list(start + j, bits);
       }
       sum += double(fold_sum(part));
     }
@@ -152,9 +156,7 @@ struct SortedSide {
   }
 
   // Of kLanes columns those that were given no sign.
-  void list(int64_t start, const Real* signed_q) {
-    uint32_t open = 0;
-    for (int i = 0; i < kLanes; ++i) open |= uint32_t(signed_q[i] == 0 && q[start + i] > 0) << i;
+  void list(int64_t start, uint32_t open) {
     for (; open != 0; open &= open - 1) {
       const int64_t at = start + __builtin_ctz(open);
       const int i = range_of[rank_bin(q[at])];

@@ -21,6 +21,11 @@ def test_opcheck(dtype, namespace, request):
     result = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.rand(3, 5, dtype=result)
     mask = torch.rand(3, 5) > 0.3
+    for kind in (20, 21, 22):
+        torch.library.opcheck(
+            S.divergence.default,
+            (z.clone().requires_grad_(), t, NUMBERS, mask, labels, kind),
+        )
     for kind in (1, 3):
         for student, teacher in ((z.requires_grad_(), t), (z, t.clone().requires_grad_())):
             torch.library.opcheck(
@@ -44,9 +49,30 @@ def count_compilations(step):
     return counter, torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
 
 
+def labels(z):
+    return torch.arange(z.shape[0])
+
+
+@pytest.mark.parametrize("kind", ["adaptive_kl", "dkd", "uld"])
+def test_kinds_beyond_sums_of_columns_compile(kind):
+    arguments = {"labels": labels} if kind == "dkd" else {}
+
+    def step(z, t):
+        with_labels = {name: make(z) for name, make in arguments.items()}
+        return ops.divergence_loss(z * 1, t, kind, inplace_grad=True, **with_labels)
+
+    _, compiled = count_compilations(step)
+    z, t = torch.randn(4, 60).requires_grad_(), torch.randn(4, 60 if kind != "uld" else 90)
+    (got,) = torch.autograd.grad(compiled(z, t), z)
+    (want,) = torch.autograd.grad(step(z, t), z)
+    torch.testing.assert_close(got, want)
+
+
 def test_numbers_that_change_do_not_recompile():
     def step(z, t, weight, temperature):
         per_row = ops.divergence(z, t, ops.TAID(weight), temperature=temperature)
+        per_row = per_row + ops.divergence(z, t, ops.AlphaBeta(weight, temperature))
+        per_row = per_row + ops.divergence(z, t, ops.DKD(weight, temperature), labels=labels(z))
         return per_row.mean() + ops.divergence(z, t, "jsd", temperature=temperature).mean()
 
     counter, compiled = count_compilations(step)

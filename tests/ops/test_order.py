@@ -70,6 +70,14 @@ def test_adaptive_weights(width, mu, level):
         )
 
 
+def test_adaptive_weights_near_equality_and_at_large_logits(level):
+    z = torch.randn(3, 301, dtype=torch.float64)
+    check_adaptive(z.clone(), z + 1e-4 * torch.randn_like(z), 0.5, rtol=1e-6)
+    t = torch.randn(3, 301, dtype=torch.float64)
+    z[:, 3], t[:, 3], z[:, 4], t[:, 4] = 80, 78, -80, -81
+    check_adaptive(z, t, 0.5)
+
+
 @pytest.mark.parametrize("values", [1, 2, 5, 40])
 def test_ties_go_to_the_lower_column(values, level):
     """A teacher of few distinct logits, of one at the limit: the border falls among equal ones."""

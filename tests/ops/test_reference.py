@@ -114,7 +114,9 @@ def test_hand_stats():
 
 def test_stats_of_taid_compare_with_its_target():
     z, t = Q.log(), P.log()
-    _, stats = ops.divergence(z, t, ops.TAID(0.4), return_stats=True)
+    value, stats = ops.divergence(z, t, ops.TAID(0.4), return_stats=True)
+    # KL(p_t || q) = cross-entropy - entropy
+    assert (value - stats.teacher_entropy).item() == pytest.approx(0.027882, abs=1e-6)
     target = torch.softmax(0.6 * z + 0.4 * t, -1)
     assert stats.teacher_entropy.item() == pytest.approx(
         -(target * target.log()).sum().item(), abs=1e-12
@@ -294,6 +296,7 @@ EVERY = [
     *OF_LOGITS,
     *(ops.AlphaBeta(*at) for at in LIMITS),
     ops.DKD(),
+    ops.ULD(),
 ]
 # Its weights are constants: test_order.py.
 EVERY.remove(ops.AdaptiveKL(0.5))
