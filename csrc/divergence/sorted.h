@@ -16,7 +16,7 @@ struct Range {
 // The bins from the largest probabilities on, in ranges.
 struct Ranges {
   static constexpr int32_t kFewest =
-      32;                         // a shorter range is cheaper sorted than told from its neighbours
+      32;  // a shorter range is cheaper sorted than told from its neighbours
   static constexpr int kFew = 10;  // more are looked up in a table
   Range at[kRankBins];
   int count = 0;
