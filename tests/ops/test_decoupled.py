@@ -6,20 +6,7 @@ import torch.nn.functional as F
 
 from stillhouse import ops
 
-LEVELS = [*range(ops.cpu_level() + 1), "simt"]
 P, Q = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
-
-
-@pytest.fixture(params=LEVELS, ids=lambda n: f"level{n}")
-def level(request):
-    if request.param == "simt":
-        request.getfixturevalue("simt")
-        yield "simt"
-        return
-    best = ops.cpu_level()
-    ops.cpu_level(request.param)
-    yield request.param
-    ops.cpu_level(best)
 
 
 def dkd(student, teacher, labels, alpha, beta):

@@ -6,21 +6,6 @@ import torch.nn.functional as F
 
 from stillhouse import ops
 
-LEVELS = [*range(ops.cpu_level() + 1), "simt"]
-
-
-@pytest.fixture(params=LEVELS, ids=lambda n: f"level{n}")
-def level(request):
-    if request.param == "simt":
-        request.getfixturevalue("simt")
-        yield "simt"
-        return
-    best = ops.cpu_level()
-    ops.cpu_level(request.param)
-    yield request.param
-    ops.cpu_level(best)
-
-
 # --- the head of adaptive_kl ----------------------------------------------------------------------
 
 
