@@ -7,13 +7,13 @@
 
 namespace stillhouse {
 
-// As unsigned integers of the same order; -0 right below 0.
+// As unsigned integers of the same order; -0 is 0.
 SH_INLINE uint64_t order_of(float x) {
-  const uint32_t bits = as_bits(x);
+  const uint32_t bits = as_bits(x + 0.f);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 SH_INLINE uint64_t order_of(double x) {
-  const uint64_t bits = __builtin_bit_cast(uint64_t, x);
+  const uint64_t bits = __builtin_bit_cast(uint64_t, x + 0.0);
   return bits ^ (bits >> 63 ? ~uint64_t(0) : uint64_t(1) << 63);
 }
 

@@ -73,6 +73,11 @@ def test_ties_go_to_the_lower_column(values, level):
             check_adaptive(z.clone(), t, mu)
 
 
+def test_a_zero_with_a_sign_is_a_tie(level):
+    t = torch.where(torch.rand(3, 301) < 0.5, 0.0, -0.0).double()
+    check_adaptive(torch.randn(3, 301, dtype=torch.float64), t, 0.3)
+
+
 def test_ties_of_bfloat16(level):
     z, t = torch.randn(4, 3001).bfloat16(), torch.randn(4, 3001).bfloat16()
     check_adaptive(z.float(), t.float(), 0.4, rtol=1e-5)
