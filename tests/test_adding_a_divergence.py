@@ -35,7 +35,7 @@ def run(*command: object, **extra: object) -> str:
 
 def follow_the_page(tree: Path) -> None:
     """Every block of the page, in order, where the page says it goes."""
-    blocks = re.findall(r"^```(?:cpp|python)\n(.*?)^```$", PAGE, re.S | re.M)
+    blocks = re.findall(r"^```(?:cpp|python|text)\n(.*?)^```$", PAGE, re.S | re.M)
     functions, row, kind, reference, parity = blocks
     kinds_h = tree / "csrc/divergence/kinds.h"
     table = re.search(r"#define SH_DIVERGENCE_KINDS\(X\).*?\n\n", kinds_h.read_text(), re.S)[0]
