@@ -124,7 +124,8 @@ struct Cuda {
       case kCrossEntropy:
         return choose_type<LabelsOnly>(p, launch);
       case kULD:
-        if (p.vocab <= kLarge) return launch_sorted<Real, 256, 512>(p, student, launch);
+        if (p.vocab <= kLarge && p.teacher_vocab <= kLarge)
+          return launch_sorted<Real, 256, 512>(p, student, launch);
         // Twice as many threads would leave a double too few registers.
         return launch_sorted<Real, sizeof(Real) == 4 ? 512 : 256, kRankBins>(p, student, launch);
 #define SH_CASE(number, Kind) \

@@ -71,7 +71,9 @@ Head<Real> find_head(Source<Real>& teacher, const Normaliser<Real>& normaliser, 
       (normaliser.lse + std::log(least_in_head(most, teacher.vocab))) / teacher.gain;
   Candidates<Real> c{w.order, w.order + w.order_part,
                      reinterpret_cast<int32_t*>(w.order + 2 * w.order_part)};
-  c.gather(teacher, Real(least) - Real(1e-3) * (1 + magnitude(Real(least))));
+  // A column of -inf is in no head, whatever the mass: what a block is padded with is such a column.
+  c.gather(teacher, larger(std::numeric_limits<Real>::lowest(),
+                           Real(least) - Real(1e-3) * (1 + magnitude(Real(least)))));
   c.normalise(teacher, normaliser);
   double mass = 0;  // of those that were found to be in the head
   bool found = false;

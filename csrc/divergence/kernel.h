@@ -64,7 +64,7 @@ SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes;
 // Whether rows are taken kLanes at a time.
 template <class Real>
 SH_INLINE bool together(const Problem<Real>& p) {
-  return p.vocab <= p.short_limit && p.kind != kCrossEntropy;
+  return p.vocab <= p.short_limit && p.kind != kCrossEntropy && p.kind != kULD;
 }
 
 constexpr int kOrderParts = 8;

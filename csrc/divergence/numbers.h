@@ -23,11 +23,11 @@ void add_moments(int64_t n, const In* x, Real origin, Moments& m) {
   m.squares += fold_sum(squares);
 }
 
-// Of columns [0, end) about an origin.
+// Of the blocks that start in [begin, end), about an origin.
 template <class Real>
-Moments moments_about(Source<Real>& source, int64_t end, Real origin) {
+Moments moments_about(Source<Real>& source, int64_t begin, int64_t end, Real origin) {
   Moments m{};
-  for (int64_t start = 0; start < end; start += kBlock)
+  for (int64_t start = begin; start < end; start += kBlock)
     source.with_block(start, [&](int64_t n, auto* x) {
       add_moments(n, x, origin, m);
       return Real(0);
@@ -37,16 +37,16 @@ Moments moments_about(Source<Real>& source, int64_t end, Real origin) {
 
 template <class Kind, class Real>
 Moments moments(Source<Real>& source) {
-  if constexpr (!kTakesMean<Kind>) return moments_about(source, source.vocab, Real(0));
+  if constexpr (!kTakesMean<Kind>) return moments_about(source, 0, source.vocab, Real(0));
   Real origin = 0;
   Moments m{};
-  for (int64_t end = kBlock; m.count == 0 && end < source.vocab + kBlock; end += kBlock) {
-    m = moments_about(source, end, Real(0));
+  for (int64_t start = 0; m.count == 0 && start < source.vocab; start += kBlock) {
+    m = moments_about(source, start, start + 1, Real(0));
     origin = Real(m.sum / m.count);
   }
   double left = 0;  // of the squares, about the mean
   for (int tries = 0; tries < 3; ++tries) {
-    m = moments_about(source, source.vocab, origin);
+    m = moments_about(source, 0, source.vocab, origin);
     left = m.squares - m.sum / m.count * m.sum;
     if (!(left < 0.01 * m.squares)) break;
     origin += Real(m.sum / m.count);  // the first block was not like the others

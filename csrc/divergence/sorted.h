@@ -56,19 +56,14 @@ struct SortedSide {
   Real* q;  // [padded(vocab)], probabilities; of a plain bfloat16 block in the order of load_step()
   Real* key;        // [vocab], probabilities of the columns that are to be sorted, range by range
   int32_t* column;  // [vocab]
-  const bool is_student;
   int32_t count[kRankBins + 1];  // of bins
   int32_t end[kRankBins];        // of the lists of ranges
   int16_t range_of[kRankBins];   // bins
 
   // scratch: [kParts, n]
   static constexpr int kParts = 2;
-  SortedSide(bool is_student, const Source<Real>& source, Real* q, Real* scratch, int64_t n)
-      : source(source),
-        q(q),
-        key(scratch),
-        column(reinterpret_cast<int32_t*>(scratch + n)),
-        is_student(is_student) {
+  SortedSide(const Source<Real>& source, Real* q, Real* scratch, int64_t n)
+      : source(source), q(q), key(scratch), column(reinterpret_cast<int32_t*>(scratch + n)) {
     for (int32_t& c : count) c = 0;
   }
 
@@ -113,7 +108,7 @@ struct SortedSide {
       if (few) most[i] = first_of_rank_bin(range.first_bin), sign[i] = Real(range.sign);
       for (int b = range.first_bin; b < next; ++b) of_bin[b] = Real(range.sign), range_of[b] = i;
       end[i] = listed;
-      if (range.sign == 0) listed += is_student ? range.n : range.m;
+      for (int b = range.first_bin; range.sign == 0 && b < next; ++b) listed += count[b];
     }
     of_bin[kRankBins] = 0;
     double sum = 0;
@@ -218,8 +213,8 @@ struct SortedRow {
   SortedRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
       : problem(problem),
         w(w),
-        student(true, {problem.student, r, problem.vocab, w.student}, w.q, w.order, w.order_part),
-        teacher(false, {problem.teacher, r, problem.teacher_vocab, w.teacher}, w.p,
+        student({problem.student, r, problem.vocab, w.student}, w.q, w.order, w.order_part),
+        teacher({problem.teacher, r, problem.teacher_vocab, w.teacher}, w.p,
                 w.order + SortedSide<Real>::kParts * w.order_part, w.order_part),
         signed_q(w.order + 2 * SortedSide<Real>::kParts * w.order_part) {
     static_assert(2 * SortedSide<Real>::kParts + 4 == kOrderParts, "what lay_out() makes room for");
