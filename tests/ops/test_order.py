@@ -79,7 +79,7 @@ def test_a_zero_with_a_sign_is_a_tie(level):
 
 
 def test_a_mass_of_everything(level):
-    """A tensor's value is not checked: every column of mass is in the head, and no other is read."""
+    """A tensor's value is not checked: all columns of mass are in the head, no other is read."""
     z, t = torch.randn(3, 77), torch.randn(3, 77)
     t[:, 70:] = z[:, 70:] = -torch.inf
     forward, reverse = (ops.divergence(z, t, name) for name in ("forward_kl", "reverse_kl"))
