@@ -23,6 +23,22 @@ STILLHOUSE_LIBRARY(m) {
       "divergence_loss_(Tensor(a!) student, Tensor? teacher, Tensor numbers, Tensor weight, "
       "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
       "-> (Tensor loss, Tensor stats)");
+  // The same with logits that are products hidden weight^T + bias, made by chunks of rows. Python
+  // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
+#define SH_LINEAR                                                                              \
+  "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, "      \
+  "Tensor? teacher_bias, Tensor numbers, Tensor? labels, Tensor? counted, int kind, "          \
+  "int vocab, ScalarType? product, int chunk_rows, "
+  m.def("linear_divergence(" SH_LINEAR
+        "bool want_stats, bool want_hidden) -> (Tensor value, Tensor stats, Tensor d_hidden)");
+  m.def("linear_divergence_gradient(" SH_LINEAR
+        "Tensor weight_of_rows, bool want_hidden, bool want_weight, bool want_bias) "
+        "-> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
+  m.def("linear_divergence_loss(" SH_LINEAR
+        "Tensor weight_of_rows, bool want_stats, bool want_hidden, bool want_weight, "
+        "bool want_bias) "
+        "-> (Tensor loss, Tensor stats, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
+#undef SH_LINEAR
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

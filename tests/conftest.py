@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from stillhouse.ops import divergence_autograd
+from stillhouse.ops import divergence_autograd, linear_divergence_autograd
 
 # SIMT_LIBRARY names another build, such as the one with sanitizers.
 SIMT = Path(os.environ.get("SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so"))
@@ -40,6 +40,7 @@ def _seeded():
 def _simt_ops():
     torch.ops.load_library(str(SIMT))
     divergence_autograd.register("stillhouse_simt")
+    linear_divergence_autograd.register("stillhouse_simt")
     return torch.ops.stillhouse_simt
 
 

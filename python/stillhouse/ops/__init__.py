@@ -30,6 +30,7 @@ from .kinds import (
     SymmetricKL,
     as_kind,
 )
+from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
 
 __all__ = [
     "DKD",
@@ -48,6 +49,7 @@ __all__ = [
     "ForwardKL",
     "Hellinger",
     "Kind",
+    "LinearTeacher",
     "LogAcceptance",
     "MSELogits",
     "Renyi",
@@ -62,4 +64,6 @@ __all__ = [
     "cpu_level",
     "divergence",
     "divergence_loss",
+    "linear_divergence",
+    "linear_divergence_loss",
 ]

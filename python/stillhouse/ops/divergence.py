@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence_arguments import Call, check_call, check_rows, positive
+from .divergence_arguments import check_call, check_labels, check_rows, loss_weight
 from .divergence_autograd import LossWithGradient, divergence_rows, has_kernel
 from .kinds import Kind, Number
 
@@ -31,7 +31,8 @@ class Stats(NamedTuple):
     student_below: Tensor
 
 
-def _unpack_stats(stats: Tensor) -> Stats:
+def unpack_stats(stats: Tensor) -> Stats:
+    """From the tensor [7, ...] that the ops return."""
     return Stats(*stats.detach().unbind(0))
 
 
@@ -96,17 +97,13 @@ def divergence(
         labels,
         0.0,
     )
-    if labels is not None and not call.kind.needs_labels:
-        raise ValueError(
-            f"{type(call.kind).__name__} takes no labels: CrossEntropy and DKD do, and "
-            "divergence_loss mixes a label term with label_weight="
-        )
+    check_labels(call)
     if mask is not None:
         check_rows("mask", mask, student_logits, torch.bool)
     if teacher_logits is not None and teacher_logits.requires_grad:
         call.kind.exchange(0.5, 0.5)  # raises for a kind without a gradient to the teacher
     value, stats = divergence_rows(call, mask, return_stats)
-    return (value, _unpack_stats(stats)) if return_stats else value
+    return (value, unpack_stats(stats)) if return_stats else value
 
 
 def divergence_loss(
@@ -166,18 +163,12 @@ def divergence_loss(
         labels,
         label_weight,
     )
-    if labels is None and isinstance(label_weight, float | int) and label_weight > 0:
-        raise ValueError(f"label_weight={label_weight} needs labels")
     if teacher_logits is not None and teacher_logits.requires_grad:
         raise ValueError(
             "divergence_loss gives no gradient to the teacher: detach its logits, or use "
             "ops.divergence for mutual learning"
         )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if reduction == "sum" and denominator is not None:
-        raise ValueError('denominator goes with reduction="mean": a sum is not divided')
-    row_weight = _row_weight(call, mask, weight, denominator, reduction)
+    row_weight = loss_weight(call, mask, weight, denominator, reduction, label_weight)
     if not (student_logits.requires_grad and torch.is_grad_enabled()):
         value, stats = divergence_rows(call, row_weight != 0, return_stats)
         loss = (value.double() * row_weight).sum().to(call.result)
@@ -199,41 +190,7 @@ def divergence_loss(
         else:
             value, stats = divergence_rows(call, row_weight != 0, return_stats)
             loss = (value * row_weight).sum()
-    return (loss, _unpack_stats(stats)) if return_stats else loss
-
-
-def _row_weight(
-    call: Call,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    denominator: Number | None,
-    reduction: str,
-) -> Tensor:
-    rows = call.student.shape[:-1]
-    if weight is None:
-        w = torch.ones(rows, dtype=call.result, device=call.student.device)
-    else:
-        check_rows("weight", weight, call.student)
-        if not weight.is_floating_point():
-            raise TypeError(f"weight must be floating point, got {weight.dtype}: a bool is a mask")
-        if weight.requires_grad:
-            raise ValueError(
-                "weight is not differentiable here: detach it, or weigh ops.divergence"
-            )
-        w = weight.to(call.result)
-    if mask is not None:
-        check_rows("mask", mask, call.student, torch.bool)
-        w = torch.where(mask, w, 0)
-    if call.kind.needs_labels:
-        w = torch.where(call.labels != -100, w, 0)
-    if reduction == "sum":
-        return w
-    if denominator is None:
-        total = w.sum()
-        return torch.where(total != 0, w / total, 0)
-    if not isinstance(denominator, Tensor):
-        positive("denominator", denominator)
-    return (w / denominator).to(call.result)
+    return (loss, unpack_stats(stats)) if return_stats else loss
 
 
 def _check_inplace(student: Tensor, teacher: Tensor | None) -> None:

@@ -135,3 +135,54 @@ def check_call(
     ]
     vocab = -1 if vocab_size is None else vocab_size
     return Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
+
+
+def check_labels(call: Call) -> None:
+    """In the row form only a kind that needs labels takes them."""
+    if call.labels is not None and not call.kind.needs_labels:
+        raise ValueError(
+            f"{type(call.kind).__name__} takes no labels: CrossEntropy and DKD do, and the loss "
+            "form mixes a label term with label_weight="
+        )
+
+
+def loss_weight(
+    call: Call,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    denominator: Number | None,
+    reduction: str,
+    label_weight: Number,
+) -> Tensor:
+    """What the loss form multiplies each row by: weight and mask over the denominator."""
+    if call.labels is None and isinstance(label_weight, float | int) and label_weight > 0:
+        raise ValueError(f"label_weight={label_weight} needs labels")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if reduction == "sum" and denominator is not None:
+        raise ValueError('denominator goes with reduction="mean": a sum is not divided')
+    rows = call.student.shape[:-1]
+    if weight is None:
+        w = torch.ones(rows, dtype=call.result, device=call.student.device)
+    else:
+        check_rows("weight", weight, call.student)
+        if not weight.is_floating_point():
+            raise TypeError(f"weight must be floating point, got {weight.dtype}: a bool is a mask")
+        if weight.requires_grad:
+            raise ValueError(
+                "weight is not differentiable here: detach it, or weigh the row form's values"
+            )
+        w = weight.to(call.result)
+    if mask is not None:
+        check_rows("mask", mask, call.student, torch.bool)
+        w = torch.where(mask, w, 0)
+    if call.kind.needs_labels:
+        w = torch.where(call.labels != -100, w, 0)
+    if reduction == "sum":
+        return w
+    if denominator is None:
+        total = w.sum()
+        return torch.where(total != 0, w / total, 0)
+    if not isinstance(denominator, Tensor):
+        positive("denominator", denominator)
+    return (w / denominator).to(call.result)

@@ -22,6 +22,21 @@ _resident_limit = -1
 _kernels = torch.ops.stillhouse
 
 
+def kernels():
+    """The ops in use."""
+    return _kernels
+
+
+def spend(ctx, name: str) -> None:
+    """Raise where a gradient that was made in the forward pass has been handed on already."""
+    if ctx.spent:
+        raise RuntimeError(
+            f"the gradient of {name} was handed on by its first backward pass: "
+            "compute the loss again for a second one"
+        )
+    ctx.spent = True
+
+
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel is built for this tensor's device."""
     return x.device.type in devices
@@ -70,12 +85,7 @@ class LossWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         if not torch.compiler.is_compiling():
-            if ctx.spent:
-                raise RuntimeError(
-                    "the gradient of divergence_loss was handed on by its first backward pass: "
-                    "compute the loss again for a second one"
-                )
-            ctx.spent = True
+            spend(ctx, "divergence_loss")
         (gradient,) = ctx.saved_tensors
         _kernels.scale_(gradient, upstream)
         return gradient, *([None] * 8)
@@ -146,10 +156,9 @@ def _backward(ctx, upstream, _):
     return to_student, to_teacher, *([None] * 7)
 
 
-def _no_second_derivative(ctx, *upstream):
-    raise RuntimeError(
-        "the gradient of ops.divergence has no gradient of its own (second derivative)"
-    )
+def no_second_derivative(ctx, *upstream):
+    """The backward of every op that is a gradient."""
+    raise RuntimeError("the gradient of a divergence has no gradient of its own: second derivative")
 
 
 def register(namespace: str) -> None:
@@ -165,7 +174,7 @@ def register(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake)
     autograd = torch.library.register_autograd
     autograd(f"{namespace}::divergence", _backward, setup_context=_setup)
-    autograd(f"{namespace}::divergence_gradient", _no_second_derivative)
+    autograd(f"{namespace}::divergence_gradient", no_second_derivative)
 
 
 register("stillhouse")

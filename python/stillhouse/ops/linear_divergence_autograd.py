@@ -1,0 +1,375 @@
+"""The registered ops of the linear divergence: matrix products by chunks of rows, and between them
+the divergence kernels, over logits that exist for one chunk at a time.
+
+The products are torch's, everything between them is ours. A chunk costs a product for each side's
+logits and one for each gradient; its buffers serve all chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import divergence_autograd
+
+# Bytes that a chunk's logits may take, of one side, and the fewest rows of a chunk: products over
+# fewer rows are slower (bench, family linear).
+_CHUNK_BYTES, _FEWEST_ROWS = 100 << 20, 128
+
+
+def _chunks(rows: int, columns: int, itemsize: int, limit: int) -> Iterator[slice]:
+    """Parts of about equal size, of at most `limit` rows each; 0 is the limit measured to be best."""
+    limit = limit or max(_FEWEST_ROWS, _CHUNK_BYTES // (columns * itemsize))
+    count = max(1, -(-rows // limit))
+    size = min(limit, -(-rows // (16 * count)) * 16)
+    for start in range(0, rows, size or 1):
+        yield slice(start, min(start + size, rows))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this type are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Scratch(threading.local):
+    """Buffers of the CPU's chunks, kept by each thread: to touch them for the first time costs as
+    much as the kernels between the products."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+
+    def __call__(self, side: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """An uninitialised [rows, columns] for one side's logits."""
+        if not like.is_cpu:
+            return like.new_empty(shape)
+        count = shape[0] * shape[1] * like.itemsize
+        buffer = self._buffers.get(side)
+        if buffer is None or buffer.numel() < count:
+            self._buffers.pop(side, None)
+            buffer = self._buffers[side] = torch.empty(count, dtype=torch.uint8)
+        return buffer[:count].view(like.dtype).view(shape)
+
+
+_scratch = _Scratch()
+
+
+def _add(total: Tensor, x: Tensor) -> None:
+    """total += x of a narrower type. In pieces that stay in cache: torch's mixed addition is slow."""
+    rows = max(1, (4 << 20) // (total[0].numel() * total.itemsize))
+    for piece, of_x in zip(total.split(rows), x.split(rows), strict=True):
+        piece += of_x.to(total.dtype)
+
+
+class _Head:
+    """The logits of one side, a chunk at a time, in one buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vocab: int,
+        product: torch.dtype,
+        side: int,
+    ):
+        self.side = side
+        columns = len(weight) if vocab < 0 else vocab
+        self.hidden = hidden
+        self.weight = weight[:columns].to(product)
+        self.bias = None if bias is None else bias[:columns].to(product)
+        self._buffer: Tensor | None = None
+
+    def inputs(self, rows: slice | Tensor) -> Tensor:
+        return self.hidden[rows].to(self.weight.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self._buffer is None or len(self._buffer) < len(x):
+            self._buffer = _scratch(self.side, (len(x), len(self.weight)), x)
+        out = self._buffer[: len(x)]
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+class _Gradients:
+    """The gradients that are wanted, as chunks add to them; the others have no element."""
+
+    def __init__(
+        self,
+        head: _Head,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        single: bool,
+    ):
+        self.head = head
+        hidden_wanted, weight_wanted, bias_wanted = wanted
+        # Rows that do not count are not written to.
+        shape = head.hidden.shape if hidden_wanted else 0
+        self.hidden = head.hidden.new_zeros(shape)
+        self.bias = weight.new_zeros(len(bias) if bias_wanted else 0, dtype=_wide(weight.dtype))
+        self._bias_dtype = weight.dtype if bias is None else bias.dtype
+        self.weight = weight.new_empty(0)
+        if weight_wanted:
+            self.weight = torch.empty_like(weight)
+            self.weight[len(head.weight) :] = 0
+            out = self._product = self._sum = self.weight[: len(head.weight)]
+            product, wide = head.weight.dtype, _wide(weight.dtype)
+            if product != out.dtype:
+                self._product = torch.empty_like(out, dtype=product)
+            if wide != out.dtype and not single:
+                # Products of 16 bits add up in float32.
+                self._sum = torch.empty_like(out, dtype=wide)
+        self._started = False
+
+    def add(self, rows: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
+        """x: the chunk's inputs; gradient: that of its logits."""
+        if self.hidden.numel():
+            self.hidden[rows] = torch.mm(gradient, self.head.weight).to(self.hidden.dtype)
+        if self.bias.numel():
+            self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.bias.dtype)
+        if self.weight.numel():
+            self._add_to_weight(gradient.t(), x)
+        self._started = True
+
+    def _add_to_weight(self, gradient: Tensor, x: Tensor) -> None:
+        total, product = self._sum, self._product
+        if total is product:
+            torch.addmm(total, gradient, x, beta=int(self._started), out=total)
+            return
+        torch.mm(gradient, x, out=product)
+        if self._started:
+            _add(total, product)
+        else:
+            total.copy_(product)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.weight.numel() and not self._started:
+            self.weight.zero_()
+        elif self.weight.numel() and self._sum.dtype != self.weight.dtype:
+            self.weight[: len(self._sum)] = self._sum
+        return self.hidden, self.weight, self.bias.to(self._bias_dtype)
+
+
+class Arguments(NamedTuple):
+    """What the ops have in common, in the order of their schemas (csrc/ops.cpp)."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor
+    bias: Tensor | None
+    teacher: Tensor | None  # logits [N, V], or hidden [N, Ht] where there is a teacher_weight
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    numbers: Tensor
+    labels: Tensor | None
+    counted: Tensor | None  # bool [N], the rows to be read; None: all
+    kind: int
+    vocab: int
+    product: torch.dtype | None  # of both sides' products; None: that of each side's weight
+    chunk_rows: int  # 0: as measured to be best
+
+    @property
+    def result(self) -> torch.dtype:
+        teacher = self.teacher if self.teacher_weight is None else self.teacher_weight
+        own = (self.weight, teacher) if self.product is None else (teacher,)
+        double = any(x is not None and x.dtype == torch.float64 for x in own)
+        return torch.float64 if double else torch.float32
+
+
+_COMMON = len(Arguments._fields)
+
+
+class _Call:
+    """The heads of one call, and the rows that count in chunks."""
+
+    def __init__(self, arguments: Arguments):
+        a = self.arguments = arguments
+        self.head = _Head(a.hidden, a.weight, a.bias, a.vocab, a.product or a.weight.dtype, 0)
+        self.teacher = None
+        if a.teacher_weight is not None:
+            product = a.product or a.teacher_weight.dtype
+            self.teacher = _Head(a.teacher, a.teacher_weight, a.teacher_bias, a.vocab, product, 1)
+        rows, index = len(a.hidden), None
+        if a.counted is not None:
+            index = a.counted.nonzero()[:, 0]  # waits for the device: the others cost nothing then
+            rows, index = len(index), None if len(index) == rows else index
+        columns, itemsize = len(self.head.weight), self.head.weight.itemsize
+        parts = _chunks(rows, columns, itemsize, a.chunk_rows)
+        self.parts = [part if index is None else index[part] for part in parts]
+
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, tuple, tuple]]:
+        """Rows of a chunk, the head's inputs, and a kernel's arguments: those before the weight of
+        the rows, the first the student's logits, and those after it."""
+        a = self.arguments
+        for rows in self.parts:
+            x = self.head.inputs(rows)
+            teacher = None if a.teacher is None else a.teacher[rows]
+            if self.teacher is not None:
+                teacher = self.teacher.logits(self.teacher.inputs(rows))
+            labels = None if a.labels is None else a.labels[rows]
+            yield rows, x, (self.head.logits(x), teacher, a.numbers), (labels, a.kind, a.vocab)
+
+    def gradients(self, *wanted: bool) -> _Gradients:
+        single = len(self.parts) == 1
+        return _Gradients(self.head, self.arguments.weight, self.arguments.bias, wanted, single)
+
+    def stats(self, wanted: bool) -> Tensor:
+        a = self.arguments
+        return a.hidden.new_zeros((7, len(a.hidden)) if wanted else (0,), dtype=a.result)
+
+
+def _implementations(namespace: str) -> dict[str, Any]:
+    """The ops over the divergence kernels of a namespace."""
+    kernels = getattr(torch.ops, namespace)
+
+    def rows_op(*arguments):
+        *common, want_stats, want_hidden = arguments
+        call = _Call(a := Arguments(*common))
+        value, stats = a.hidden.new_zeros(len(a.hidden), dtype=a.result), call.stats(want_stats)
+        gradients = call.gradients(want_hidden, False, False)
+        for rows, x, before, after in call:
+            value[rows], of_chunk = kernels.divergence(*before, None, *after, want_stats)
+            if want_stats:
+                stats[:, rows] = of_chunk
+            if want_hidden:
+                kernels.divergence_loss_(*before, value.new_ones(len(x)), *after)
+                gradients.add(rows, x, before[0])
+        return value, stats, gradients.hidden
+
+    def loss_op(*arguments):
+        *common, row_weight, want_stats, want_hidden, want_weight, want_bias = arguments
+        call = _Call(a := Arguments(*common))
+        loss, stats = a.hidden.new_zeros((), dtype=torch.float64), call.stats(want_stats)
+        gradients = call.gradients(want_hidden, want_weight, want_bias)
+        for rows, x, before, after in call:
+            part, of_chunk = kernels.divergence_loss_(*before, row_weight[rows], *after, want_stats)
+            loss += part
+            if want_stats:
+                stats[:, rows] = of_chunk
+            gradients.add(rows, x, before[0])
+        return loss.to(a.result), stats, *gradients.finish()
+
+    def gradient_op(*arguments):
+        *common, row_weight, want_hidden, want_weight, want_bias = arguments
+        _, _, *gradients = loss_op(
+            *common, row_weight, False, want_hidden, want_weight, want_bias
+        )
+        return tuple(gradients)
+
+    return {
+        "linear_divergence": rows_op,
+        "linear_divergence_loss": loss_op,
+        "linear_divergence_gradient": gradient_op,
+    }
+
+
+def _fake_gradients(a: Arguments, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    likes = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
+    return tuple(
+        like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)
+    )
+
+
+def _fake_rows(*arguments):
+    *common, want_stats, want_hidden = arguments
+    a = Arguments(*common)
+    rows = a.hidden.shape[0]
+    value = a.hidden.new_empty(rows, dtype=a.result)
+    stats = value.new_empty((7, rows) if want_stats else (0,))
+    return value, stats, _fake_gradients(a, want_hidden, False, False)[0]
+
+
+def _fake_gradient(*arguments):
+    return _fake_gradients(Arguments(*arguments[:_COMMON]), *arguments[_COMMON + 1 :])
+
+
+def _fake_loss(*arguments):
+    *common, _, want_stats, want_hidden, want_weight, want_bias = arguments
+    value, stats, _ = _fake_rows(*common, want_stats, False)
+    gradients = _fake_gradients(Arguments(*common), want_hidden, want_weight, want_bias)
+    return value.new_empty(()), stats, *gradients
+
+
+class _LastDerivative(torch.autograd.Function):
+    """A gradient that has none of its own: of `tensors` it would be a wrong one."""
+
+    @staticmethod
+    def forward(ctx, gradient, *tensors):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError("the gradient of the linear divergence has no gradient of its own")
+
+
+def _setup(ctx, inputs, output):
+    a = Arguments(*inputs[:_COMMON])
+    ctx.rest = a.kind, a.vocab, a.product, a.chunk_rows
+    *_, rows_gradient = output
+    ctx.save_for_backward(*a[:9], rows_gradient)
+
+
+def _backward(ctx, upstream, *_):
+    *tensors, rows_gradient = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    if wanted == (True, False, False) and rows_gradient.numel():
+        # A row's gradient is a multiple of the weight it gets: nothing has to be made again.
+        gradient = (rows_gradient.detach() * upstream.detach()[:, None]).to(rows_gradient.dtype)
+        if torch.is_grad_enabled():
+            gradient = _LastDerivative.apply(gradient, tensors[0], upstream)
+        gradients = gradient, None, None
+    else:
+        op = divergence_autograd.kernels().linear_divergence_gradient
+        gradients = op(*tensors, *ctx.rest, upstream, *wanted)
+    shown = (each if want else None for each, want in zip(gradients, wanted, strict=True))
+    return *shown, *([None] * (_COMMON + 2 - 3))
+
+
+class LossWithGradients(torch.autograd.Function):
+    """The loss form: the gradients are made in the forward pass and handed on by the backward."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, stats, *gradients = divergence_autograd.kernels().linear_divergence_loss(*inputs)
+        ctx.wanted = inputs[-3:]
+        ctx.save_for_backward(*gradients, *inputs[:2])
+        ctx.mark_non_differentiable(stats)
+        ctx.spent = False
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        if not torch.compiler.is_compiling():
+            divergence_autograd.spend(ctx, "linear_divergence_loss")
+        *gradients, hidden, weight = ctx.saved_tensors
+        for i, wanted in enumerate(ctx.wanted):
+            if not wanted:
+                gradients[i] = None
+                continue
+            divergence_autograd.kernels().scale_(gradients[i], upstream)
+            if torch.is_grad_enabled():
+                gradients[i] = _LastDerivative.apply(gradients[i], hidden, weight, upstream)
+        return *gradients, *([None] * (_COMMON + 5 - 3))
+
+
+def register(namespace: str) -> None:
+    """Implements the ops of this namespace over its kernels."""
+    fakes = {
+        "linear_divergence": _fake_rows,
+        "linear_divergence_gradient": _fake_gradient,
+        "linear_divergence_loss": _fake_loss,
+    }
+    for name, implementation in _implementations(namespace).items():
+        torch.library.impl(f"{namespace}::{name}", "default", implementation)
+        torch.library.register_fake(f"{namespace}::{name}", fakes[name])
+    autograd = torch.library.register_autograd
+    autograd(f"{namespace}::linear_divergence", _backward, setup_context=_setup)
+    refuse = divergence_autograd.no_second_derivative
+    autograd(f"{namespace}::linear_divergence_gradient", refuse)
+
+
+register("stillhouse")
