@@ -7,21 +7,26 @@ STILLHOUSE_LIBRARY(m) {
   m.def("_cpu_level(int level) -> int");
 
   // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [11] on the CPU, in the
-  // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row.
+  // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row. With ids, int32
+  // [..., k], the teacher is log-probabilities [..., k] at these columns (-1: none); tail: kernel.h.
   m.def(
       "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "
-      "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
+      "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
+      "Tensor? ids=None, int tail=0) "
       "-> (Tensor value, Tensor stats)");
   m.def(
       "divergence_gradient(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, "
-      "Tensor? labels, int kind, int vocab=-1, int resident_limit=-1) -> Tensor");
+      "Tensor? labels, int kind, int vocab=-1, int resident_limit=-1, "
+      "Tensor? ids=None, int tail=0) -> Tensor");
   m.def(
       "divergence_loss(Tensor student, Tensor? teacher, Tensor numbers, Tensor weight, "
-      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
+      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
+      "Tensor? ids=None, int tail=0) "
       "-> (Tensor loss, Tensor stats, Tensor gradient)");
   m.def(
       "divergence_loss_(Tensor(a!) student, Tensor? teacher, Tensor numbers, Tensor weight, "
-      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1) "
+      "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
+      "Tensor? ids=None, int tail=0) "
       "-> (Tensor loss, Tensor stats)");
   // The same with logits that are products hidden weight^T + bias, made by chunks of rows. Python
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).

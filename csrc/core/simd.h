@@ -170,6 +170,15 @@ template <class In, class L>
 SH_INLINE void load_step(const In* x, int64_t i, L& out) {
   load(x + i * kElements<L>, out);
 }
+// Where load_step() puts element j of a multiple of 32.
+template <class In, class L>
+SH_INLINE int64_t slot_of(int64_t j) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) > sizeof(double) && sizeof(In) == sizeof(Bf16))
+    return (j & ~int64_t(31)) + (j & 1) * 16 + (j & 31) / 2;
+#endif
+  return j;
+}
 template <class L, class Out>
 struct Steps {
   Out* out;

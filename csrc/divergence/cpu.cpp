@@ -59,6 +59,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 #include "head.h"
 
+#include "sparse.h"
+
 #include "row.h"
 
 #include "short.h"
@@ -70,7 +72,18 @@ void zero(char* row, int64_t from, int64_t to, int64_t size) {
 }
 
 template <class Kind, class Real>
+void sparse_rows(const Problem<Real>& problem, int64_t lo, int64_t hi, const Workspace<Real>& w) {
+  for (int64_t r = lo; r < hi; ++r)
+    if (counts(problem, r))
+      SparseRow<Kind, Real>(problem, r, r + 1 < hi ? r + 1 : r, w).run();
+}
+
+template <class Kind, class Real>
 void rows_of_kind(const Problem<Real>& problem, int64_t lo, int64_t hi, const Workspace<Real>& w) {
+  if constexpr (kTakesSparse<Kind>) {
+    if (problem.sparse.ids != nullptr && problem.sparse.tail != kUniform)
+      return sparse_rows<Kind>(problem, lo, hi, w);
+  }
   if (Kind::kRow != RowNumbers::none || !together(problem)) {
     for (int64_t r = lo; r < hi; ++r)
       if (counts(problem, r)) divergence_row<Kind>(problem, r, r + 1 < hi ? r + 1 : r, w);
@@ -109,6 +122,9 @@ void rows(const Problem<Real>& problem, int64_t lo, int64_t hi, void* scratch) {
     case kULD:
       for (int64_t r = lo; r < hi; ++r)
         if (counts(problem, r)) sorted_row<Real>(problem, r, r + 1 < hi ? r + 1 : r, w);
+      break;
+    case kSupportKL:
+      sparse_rows<ForwardKL>(problem, lo, hi, w);
       break;
 #define SH_CASE(number, Kind)                     \
   case number:                                    \

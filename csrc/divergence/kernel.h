@@ -18,9 +18,20 @@ struct Logits {
   double scale, cap, temperature;  // x = cap tanh(scale u / cap) / temperature; cap 0: none
 };
 
+// What a teacher that is known at k columns of a row says of the others: they are one outcome; they have
+// nothing, the known ones all; each has the same; nothing is said, and the known ones are taken as they
+// are. The numbers are those of stillhouse.ops.sparse_teacher.
+enum Tail : int32_t { kBucket, kRenormalize, kUniform, kDrop };
+struct Sparse {
+  const int32_t* ids;  // [N, k], < 0: none; null for a teacher that is known everywhere
+  int64_t k;
+  int32_t tail;
+};
+
 template <class Real>
 struct Problem {
   Logits student, teacher;  // teacher.rows.data is null for cross-entropy
+  Sparse sparse;            // if ids: the teacher's rows are log-probabilities [N, k] at these columns
   int64_t vocab;            // columns read; the gradient is zero beyond
   int64_t teacher_vocab;    // the same, but for a kind that sorts
   int64_t width;            // columns of the student
@@ -64,10 +75,11 @@ SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes;
 // Whether rows are taken kLanes at a time.
 template <class Real>
 SH_INLINE bool together(const Problem<Real>& p) {
-  return p.vocab <= p.short_limit && p.kind != kCrossEntropy && p.kind != kULD;
+  return p.vocab <= p.short_limit && p.kind != kCrossEntropy && p.kind != kULD &&
+         p.sparse.ids == nullptr;
 }
 
-constexpr int kOrderParts = 8;
+constexpr int kOrderParts = 8, kSupportParts = 6;
 
 // A thread's scratch.
 template <class Real>
@@ -80,6 +92,8 @@ struct Workspace {
   Real* tiles[kTiles];      // [kLanes, padded(vocab)] each, for rows that are taken together
   Real* order;              // [kOrderParts, order_part], for kinds that depend on an order
   int64_t order_part;
+  Real* support[kSupportParts];  // [padded(k + 1)] each, for a sparse teacher
+  int32_t *support_column, *support_begin;
 
   // Lays the parts out from `at`, or from nothing to learn the size; returns the end.
   SH_INLINE Real* lay_out(const Problem<Real>& problem, Real* at) {
@@ -103,6 +117,13 @@ struct Workspace {
     for (Real*& tile : tiles) take(tile, together(problem) ? kLanes * padded(problem.vocab) : 0);
     order_part = padded(longer + 1);
     take(order, problem.kind == kAdaptiveKL || problem.kind == kULD ? kOrderParts * order_part : 0);
+    const bool sparse = problem.sparse.ids != nullptr;
+    for (Real*& part : support) take(part, sparse ? padded(problem.sparse.k + 1) : 0);
+    Real *columns, *begins;
+    take(columns, sparse ? problem.sparse.k : 0);
+    take(begins, sparse ? blocks + 1 : 0);
+    support_column = reinterpret_cast<int32_t*>(columns);
+    support_begin = reinterpret_cast<int32_t*>(begins);
     return at;
   }
 };

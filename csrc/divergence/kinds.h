@@ -306,9 +306,9 @@ struct StandardizedKL : ForwardKL {
   }
 };
 
-// X(number, type); the numbers are those of stillhouse.ops.kinds. Two are not sums over pairs of
-// columns and have kernels of their own: cross-entropy to labels, number 0, and the divergence of sorted
-// rows, number 22.
+// X(number, type); the numbers are those of stillhouse.ops.kinds. Three are not sums over all pairs of
+// columns and have kernels of their own: cross-entropy to labels, number 0, the divergence of sorted rows,
+// number 22, and that of the columns which a sparse teacher knows, number 25.
 #define SH_DIVERGENCE_KINDS(X) \
   X(1, ForwardKL)              \
   X(2, ReverseKL)              \
@@ -334,8 +334,13 @@ struct StandardizedKL : ForwardKL {
   X(23, AnyAlphaBeta)          \
   X(24, MSELogProbs)
 
-constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21, kULD = 22;
+constexpr int kCrossEntropy = 0, kTAID = 6, kAdaptiveKL = 20, kDKD = 21, kULD = 22, kSupportKL = 25;
 SH_INLINE bool needs_labels(int kind) { return kind == kCrossEntropy || kind == kDKD; }
+
+// Whether D depends on probabilities alone, so that several columns can be one outcome.
+template <class Kind>
+constexpr bool kTakesSparse = Kind::kRow == RowNumbers::none &&
+                              (Kind::kForm == Form::unit || Kind::kForm == Form::sum);
 
 // Of an element as Kind::adjusted() makes it.
 template <class Kind, class Adjusted, class Number>

@@ -77,6 +77,8 @@ struct Arguments {
   const Tensor& numbers;
   const MaybeTensor& labels;
   int64_t kind, vocab, resident_limit;
+  const MaybeTensor& ids;
+  int64_t tail;
 };
 
 // Everything but the outputs. `hold` keeps tensors alive that were made here.
@@ -99,11 +101,24 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
     hold.push_back(with_contiguous_rows(*a.teacher));
     p.teacher = {rows_of(hold.back()), numbers[kTeacherScale], numbers[kTeacherCap],
                  numbers[kTeacherTemperature]};
-    const int64_t columns = a.teacher->size(a.teacher->dim() - 1);
+    const int64_t columns = a.ids ? p.vocab : a.teacher->size(a.teacher->dim() - 1);
     if (a.kind == kULD && a.vocab < 0) p.teacher_vocab = columns;
     STD_TORCH_CHECK(count_rows(*a.teacher) == p.rows && p.teacher_vocab <= columns,
                     "teacher has fewer rows or columns than the student");
   }
+  if (a.ids) {
+    hold.push_back(torch::stable::contiguous(*a.ids));
+    p.sparse = {static_cast<const int32_t*>(hold.back().const_data_ptr()),
+                a.ids->size(a.ids->dim() - 1), int32_t(a.tail)};
+    STD_TORCH_CHECK(a.teacher && a.ids->scalar_type() == ScalarType::Int &&
+                        a.ids->numel() == a.teacher->numel() && p.sparse.k > 0 &&
+                        a.ids->numel() == p.rows * p.sparse.k,
+                    "ids must be int32, one for each log-probability");
+    STD_TORCH_CHECK(numbers[kTeacherTemperature] == 1 || a.tail == kRenormalize ||
+                        a.tail == kUniform || a.kind == kSupportKL,
+                    "this tail of a sparse teacher is known at its own temperature alone");
+  }
+  STD_TORCH_CHECK(a.ids || a.kind != kSupportKL, "SupportKL needs a sparse teacher");
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");
   STD_TORCH_CHECK(a.labels || !needs_labels(a.kind), "cross-entropy and DKD need labels");
@@ -226,17 +241,19 @@ struct DivergenceOps {
                                                const Tensor& numbers, const MaybeTensor& mask,
                                                const MaybeTensor& labels, int64_t kind,
                                                int64_t vocab, bool want_stats,
-                                               int64_t resident_limit) {
-    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit};
+                                               int64_t resident_limit, const MaybeTensor& ids,
+                                               int64_t tail) {
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit, ids, tail};
     return in_double(a) ? forward<double>(a, mask, want_stats)
                         : forward<float>(a, mask, want_stats);
   }
 
   static Tensor gradient(const Tensor& student, const MaybeTensor& teacher, const Tensor& numbers,
                          const Tensor& weight, const MaybeTensor& labels, int64_t kind,
-                         int64_t vocab, int64_t resident_limit) {
+                         int64_t vocab, int64_t resident_limit, const MaybeTensor& ids,
+                         int64_t tail) {
     Tensor gradient = Backend::gradient(student);
-    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit};
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit, ids, tail};
     in_double(a) ? gradient_alone<double>(a, weight, gradient)
                  : gradient_alone<float>(a, weight, gradient);
     return gradient;
@@ -246,23 +263,24 @@ struct DivergenceOps {
                                                  const Tensor& numbers, const Tensor& weight,
                                                  const MaybeTensor& labels, int64_t kind,
                                                  int64_t vocab, bool want_stats,
-                                                 int64_t resident_limit) {
+                                                 int64_t resident_limit, const MaybeTensor& ids,
+                                                 int64_t tail) {
     Tensor gradient = Backend::gradient(student);
-    auto [total, stats] =
-        dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit}, weight,
-                          gradient, want_stats);
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit, ids, tail};
+    auto [total, stats] = dispatch_gradient(a, weight, gradient, want_stats);
     return {total, stats, gradient};
   }
 
   static std::tuple<Tensor, Tensor> loss_(Tensor student, const MaybeTensor& teacher,
                                           const Tensor& numbers, const Tensor& weight,
                                           const MaybeTensor& labels, int64_t kind, int64_t vocab,
-                                          bool want_stats, int64_t resident_limit) {
+                                          bool want_stats, int64_t resident_limit,
+                                          const MaybeTensor& ids, int64_t tail) {
     const int64_t last = student.dim() - 1;
     STD_TORCH_CHECK(student.size(last) <= 1 || student.stride(last) == 1,
                     "an in-place gradient needs student logits whose last dimension is contiguous");
-    return dispatch_gradient({student, teacher, numbers, labels, kind, vocab, resident_limit},
-                             weight, student, want_stats);
+    const Arguments a{student, teacher, numbers, labels, kind, vocab, resident_limit, ids, tail};
+    return dispatch_gradient(a, weight, student, want_stats);
   }
 
   template <class Library>

@@ -23,6 +23,7 @@ struct DivergenceRow {
   char* gradient = nullptr;
   Sums sums;
   Prefetch touch{};
+  Known<Real> known{};
 
   // next: a later row whose memory is touched meanwhile; r itself if there is none.
   DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
@@ -31,6 +32,7 @@ struct DivergenceRow {
         params(problem.params),
         student(problem.student, r, problem.vocab, w.student),
         teacher(problem.teacher, r, problem.vocab, w.teacher) {
+    if (problem.sparse.ids != nullptr) spread_teacher(r);
     if (problem.kind == kTAID) teacher.mix_with(student, problem.params.a);
     student.as_bf16 = teacher.as_bf16 = all_bf16(r);
     const Source<Real> unchanged = student;
@@ -44,6 +46,7 @@ struct DivergenceRow {
     t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
                                 {next_student + half * element_size(student.dtype), line / 2});
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
+    if (teacher.known != nullptr) touch.step = 0;
     numbers_of_probabilities<Kind>(student, z_normaliser, teacher, t_normaliser, w, params, means);
     // Once a row: the passes must not differ in the last place of delta, or h is not what H is a sum of.
     scalars = {student.gain,
@@ -87,6 +90,14 @@ struct DivergenceRow {
   }
 
  private:
+  // A teacher that is known at some columns of a row and even elsewhere.
+  void spread_teacher(int64_t r) {
+    const Support<Real> support(problem, r, w);
+    const Real nothing = support.broken ? Real(NAN) : support.log_share(problem.vocab);
+    known = {support.column, support.begin, support.log_p, nothing};
+    teacher.known = &known;
+  }
+
   bool all_bf16(int64_t r) const {
     const bool gradient_too = problem.gradient.data == nullptr ||
                               (problem.gradient.dtype == Dtype::bf16 && !labelled(problem, r));
@@ -94,7 +105,7 @@ struct DivergenceRow {
     const bool mixed = teacher.student != nullptr && (problem.stats != nullptr || w.q == nullptr);
     const bool as_they_are = student.cap == 0 && teacher.cap == 0 && !mixed;
     return student.dtype == Dtype::bf16 && teacher.dtype == Dtype::bf16 && gradient_too &&
-           as_they_are;
+           as_they_are && teacher.known == nullptr;
   }
 
   // Whether the block's student, teacher and gradient can be used where they lie, as T.

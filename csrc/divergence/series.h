@@ -80,7 +80,8 @@ void set_params(int kind, double a, double b, KindParams<Real>& params) {
   int terms = Sum::kTerms;
   switch (kind) {
     case 1:
-    case 19:  // p delta - p + q
+    case 19:
+    case 25:  // p delta - p + q
       d = forward();
       break;
     case 2:  // -q delta - q + p

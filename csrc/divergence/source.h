@@ -93,6 +93,14 @@ struct Exponent {
   }
 };
 
+// A row that is known at some columns, those of block b from begin[b] on, and even elsewhere.
+template <class Real>
+struct Known {
+  const int32_t *column, *begin;
+  const Real* x;
+  Real other;
+};
+
 // Tempered logit = gain * x, with x from load().
 template <class Real>
 struct Source {
@@ -106,6 +114,7 @@ struct Source {
   Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
   Real weight = 1, own_gain = 1;
   int64_t without = -1;  // a column that is taken as -inf
+  const Known<Real>* known = nullptr;  // instead of a row in memory
 
   Source() = default;
   Source(const Logits& logits, int64_t r, int64_t vocab, Real* buffer)
@@ -163,7 +172,7 @@ struct Source {
 
   // Whether all lanes of a block are the row's own elements.
   bool whole_lanes(int64_t start) const {
-    return cap == 0 && columns(start) % kLanes == 0 &&
+    return cap == 0 && known == nullptr && columns(start) % kLanes == 0 &&
            !(without >= start && without < start + kBlock);
   }
   // And its x are these elements as they are.
@@ -180,7 +189,11 @@ struct Source {
     if (start == in_buffer) return buffer;
     in_buffer = start;
     const int64_t n = columns(start), end = padded(n);
-    with_type(dtype, row, [&](auto* in) { widen_first(n, in + start, buffer); });
+    if (known != nullptr) {
+      load_known(start, n, end);
+    } else {
+      with_type(dtype, row, [&](auto* in) { widen_first(n, in + start, buffer); });
+    }
     if (cap > 0) {
       for (int64_t j = 0; j < n; ++j)
         if (buffer[j] > -INFINITY) buffer[j] = cap * std::tanh(scale * buffer[j] / cap);
@@ -216,6 +229,13 @@ struct Source {
   }
 
  private:
+  void load_known(int64_t start, int64_t n, int64_t end) {
+    for (int64_t j = 0; j < n; ++j) buffer[j] = known->other;
+    for (int64_t j = n; j < end; ++j) buffer[j] = -INFINITY;
+    const int64_t block = start / kBlock;
+    for (int32_t i = known->begin[block]; i < known->begin[block + 1]; ++i)
+      buffer[known->column[i] - start] = known->x[i];
+  }
   // Into the buffer, in the order of load_step().
   void mix_bf16(int64_t n, const Bf16* own, const Bf16* z) {
     in_buffer = -1;
@@ -241,7 +261,7 @@ struct Source {
 // `shift`.
 template <class Real>
 struct Normaliser {
-  double lse = 0;
+  double lse = 0, sum = 0;
   Real shift = 0, factor = 1;
 
   // The factor of another shift; kept, since the blocks of a row have few.
@@ -291,9 +311,16 @@ Lanes<Real> block_exp(int64_t n, const In* x, Real gain2, const Shift shift, Rea
 // `block_e` if e is null. The shift is the first block's maximum; a block whose sum shows that it lies
 // far above is taken again with its own. In double: the difference of two such sums is small, and an
 // error in it is an error of the divergence.
-template <class Real>
+// keep(start, e, sum): what of a block's sum counts.
+struct KeepAll {
+  template <class Real>
+  SH_INLINE Real operator()(int64_t, Real*, Real sum) const {
+    return sum;
+  }
+};
+template <class Real, class Keep = KeepAll>
 Normaliser<Real> exponentials(Source<Real>& source, Real* e, Real* shifts, Real* block_e,
-                              Prefetch touch) {
+                              Prefetch touch, Keep keep = {}) {
   constexpr Real kOverflowing = Real(1e9);  // a block that exceeds the shift by far is taken again
   Real shift = 0;                           // a block of -inf alone: 2^-inf, not 2^nan
   bool shifted = false;
@@ -319,14 +346,28 @@ Normaliser<Real> exponentials(Source<Real>& source, Real* e, Real* shifts, Real*
       block_sum = take();
     }
     touch.at += touch.step * (padded(source.columns(start)) / kLanes);
-    sum += block_sum;
+    sum += keep(start, out, block_sum);
     if (shifts != nullptr) shifts[start / kBlock] = shift;
   }
   Normaliser<Real> normaliser;
+  normaliser.sum = sum;
   normaliser.lse = source.origin(shift) + std::log(sum);
   normaliser.shift = shift;
   normaliser.factor = Real(1 / sum);
   return normaliser;
+}
+
+template <class Real>
+Real block_sum(int64_t n, const Real* x) {
+  Lanes<Real> sum;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
+      Lane<Real> xi;
+      load_step(x + j, i, xi);
+      sum[i] += xi;
+    }
+  }
+  return fold_sum(sum);
 }
 
 // -sum q log q; e: [kBlock].

@@ -27,10 +27,12 @@ from .kinds import (
     SkewReverseKL,
     SoftCrossEntropy,
     StandardizedKL,
+    SupportKL,
     SymmetricKL,
     as_kind,
 )
 from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
+from .sparse_teacher import SparseTeacher
 
 __all__ = [
     "DKD",
@@ -57,8 +59,10 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
+    "SparseTeacher",
     "StandardizedKL",
     "Stats",
+    "SupportKL",
     "SymmetricKL",
     "as_kind",
     "cpu_level",

@@ -10,6 +10,7 @@ from torch import Tensor
 from .divergence_arguments import check_call, check_labels, check_rows, loss_weight
 from .divergence_autograd import LossWithGradient, divergence_rows, has_kernel
 from .kinds import Kind, Number
+from .sparse_teacher import SparseTeacher
 
 
 class Stats(NamedTuple):
@@ -38,7 +39,7 @@ def unpack_stats(stats: Tensor) -> Stats:
 
 def divergence(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | SparseTeacher | None,
     kind: str | Kind = "forward_kl",
     *,
     temperature: Number = 1.0,
@@ -54,7 +55,8 @@ def divergence(
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64; -inf columns are legal.
-        teacher_logits: [..., V], any of these dtypes; None for `CrossEntropy`.
+        teacher_logits: [..., V], any of these dtypes; or a `SparseTeacher`, for the kinds and tails of
+            `Kind.sparse_tails`; None for `CrossEntropy`.
         kind: a kind (`ops.JSD(beta=0.5)`) or its name (`"jsd"`), see `ops.KINDS`.
         temperature: divides both sides' logits. No T^2 factor is applied.
         teacher_temperature: divides the teacher's instead.
@@ -100,7 +102,7 @@ def divergence(
     check_labels(call)
     if mask is not None:
         check_rows("mask", mask, student_logits, torch.bool)
-    if teacher_logits is not None and teacher_logits.requires_grad:
+    if call.ids is None and call.teacher is not None and call.teacher.requires_grad:
         call.kind.exchange(0.5, 0.5)  # raises for a kind without a gradient to the teacher
     value, stats = divergence_rows(call, mask, return_stats)
     return (value, unpack_stats(stats)) if return_stats else value
@@ -108,7 +110,7 @@ def divergence(
 
 def divergence_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | SparseTeacher | None,
     kind: str | Kind = "forward_kl",
     *,
     temperature: Number = 1.0,
@@ -163,7 +165,7 @@ def divergence_loss(
         labels,
         label_weight,
     )
-    if teacher_logits is not None and teacher_logits.requires_grad:
+    if call.teacher is not None and call.teacher.requires_grad:
         raise ValueError(
             "divergence_loss gives no gradient to the teacher: detach its logits, or use "
             "ops.divergence for mutual learning"
@@ -174,19 +176,10 @@ def divergence_loss(
         loss = (value.double() * row_weight).sum().to(call.result)
     else:
         if inplace_grad:
-            _check_inplace(student_logits, teacher_logits)
+            _check_inplace(student_logits, call.teacher)
         if has_kernel(student_logits):
-            loss, stats = LossWithGradient.apply(
-                student_logits,
-                teacher_logits,
-                call.numbers,
-                row_weight,
-                labels,
-                call.kind.kernel_number,
-                call.vocab,
-                return_stats,
-                inplace_grad,
-            )
+            arguments = (row_weight, return_stats, inplace_grad)
+            loss, stats = LossWithGradient.apply(call, *arguments, student_logits)
         else:
             value, stats = divergence_rows(call, row_weight != 0, return_stats)
             loss = (value * row_weight).sum()

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kinds import CrossEntropy, Kind, Number, as_kind
+from .kinds import CrossEntropy, Kind, Number, SupportKL, as_kind
+from .sparse_teacher import TAILS, SparseTeacher
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,6 +24,8 @@ class Call(NamedTuple):
     labels: Tensor | None
     vocab: int
     result: torch.dtype
+    ids: Tensor | None = None  # of a sparse teacher, whose log-probabilities `teacher` then is
+    tail: int = 0
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
@@ -73,7 +76,7 @@ def _pack(numbers: list[Number]) -> Tensor:
 
 def check_call(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseTeacher | None,
     kind: str | Kind,
     temperature: Number,
     teacher_temperature: Number | None,
@@ -87,7 +90,15 @@ def check_call(
     _check_logits("student_logits", student)
     width = student.shape[-1]
     result = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if kind.needs_teacher:
+    sparse = teacher if isinstance(teacher, SparseTeacher) else None
+    if isinstance(kind, SupportKL) and sparse is None:
+        raise ValueError("SupportKL compares the columns that an ops.SparseTeacher knows: pass one")
+    if sparse is not None:
+        _check_sparse(sparse, student, kind, vocab_size)
+        teacher, width = sparse.log_probs, sparse.vocab_size
+        if teacher.dtype == torch.float64:
+            result = torch.float64
+    elif kind.needs_teacher:
         if teacher is None:
             raise ValueError(f"{type(kind).__name__} needs teacher_logits, got None")
         _check_logits("teacher_logits", teacher)
@@ -117,13 +128,25 @@ def check_call(
     if not isinstance(label_weight, Tensor) and not 0 <= label_weight <= 1:
         raise ValueError(f"label_weight must lie in [0, 1], got {label_weight}")
 
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    if sparse is not None:
+        # A number that is not a pair is meant for logits, which this teacher has none of.
+        logit_scale, logit_softcap = (
+            x if isinstance(x, tuple) else (x, none)
+            for x, none in ((logit_scale, 1.0), (logit_softcap, None))
+        )
+        if logit_scale[1:] != (1.0,) or logit_softcap[1:] != (None,):
+            raise ValueError(
+                "a SparseTeacher has probabilities, no logits: its logit_scale is 1.0 and its "
+                "logit_softcap None"
+            )
+        teacher_temperature = _relative_temperature(sparse, kind, teacher_temperature)
     student_scale, teacher_scale = _for_each_side("logit_scale", logit_scale, 1.0)
     student_cap, teacher_cap = _for_each_side("logit_softcap", logit_softcap, 0.0)
     numbers = [
         positive("temperature", temperature),
-        temperature
-        if teacher_temperature is None
-        else positive("teacher_temperature", teacher_temperature),
+        positive("teacher_temperature", teacher_temperature),
         student_scale,
         teacher_scale,
         student_cap,
@@ -134,7 +157,58 @@ def check_call(
         kind.factor(width if vocab_size is None else vocab_size),
     ]
     vocab = -1 if vocab_size is None else vocab_size
-    return Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
+    call = Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
+    if sparse is None:
+        return call
+    return call._replace(ids=sparse.ids, tail=TAILS.index(sparse.tail))
+
+
+def _check_sparse(
+    teacher: SparseTeacher, student: Tensor, kind: Kind, vocab_size: int | None
+) -> None:
+    name, rows = type(kind).__name__, teacher.ids.shape[:-1]
+    if teacher.tail not in kind.sparse_tails:
+        known = ", ".join(kind.sparse_tails)
+        raise ValueError(
+            f'{name} cannot be taken to a SparseTeacher with tail="{teacher.tail}"'
+            + (f", only with {known}" if known else " or any other: it needs whole rows")
+        )
+    if rows != student.shape[:-1]:
+        raise ValueError(
+            f"student and teacher must have the same rows, got {tuple(student.shape)} and ids "
+            f"{tuple(teacher.ids.shape)}"
+        )
+    if teacher.ids.device != student.device:
+        raise ValueError(f"teacher is on {teacher.ids.device}, the student on {student.device}")
+    if vocab_size is None and student.shape[-1] != teacher.vocab_size:
+        raise ValueError(
+            f"student has {student.shape[-1]} columns and the teacher's vocabulary "
+            f"{teacher.vocab_size}: pass vocab_size={teacher.vocab_size} if the others are padding"
+        )
+    if vocab_size is not None and vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"vocab_size must be the sparse teacher's {teacher.vocab_size}, got {vocab_size}: what "
+            "its probabilities would be over other columns is not known"
+        )
+    if teacher.vocab_size > student.shape[-1]:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher.vocab_size} columns, the student only "
+            f"{student.shape[-1]}"
+        )
+
+
+def _relative_temperature(teacher: SparseTeacher, kind: Kind, wanted: Number) -> Number:
+    """By what the teacher's log-probabilities are still to be divided."""
+    ratio = positive("teacher_temperature", wanted) / teacher.temperature
+    retempers = teacher.tail in ("renormalize", "uniform") or isinstance(kind, SupportKL)
+    if not retempers and not isinstance(ratio, Tensor) and ratio != 1:
+        raise ValueError(
+            f'a SparseTeacher with tail="{teacher.tail}" made at temperature '
+            f"{teacher.temperature:g} cannot be used at {wanted:g}: how its tail would change is "
+            'not known. Pass teacher_temperature=, make it at that temperature, or take "uniform" '
+            'or "renormalize"'
+        )
+    return ratio
 
 
 def check_labels(call: Call) -> None:

@@ -55,6 +55,8 @@ def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[
             call.vocab,
             want_stats,
             _resident_limit,
+            call.ids,
+            call.tail,
         )
     warnings.warn(
         f"stillhouse has no divergence kernel for {call.student.device.type}: the plain torch "
@@ -68,8 +70,10 @@ class LossWithGradient(torch.autograd.Function):
     """The loss form: the gradient is made in the forward pass and handed on by the backward."""
 
     @staticmethod
-    def forward(ctx, student, teacher, numbers, weight, labels, kind, vocab, want_stats, inplace):
-        arguments = (teacher, numbers, weight, labels, kind, vocab, want_stats, _resident_limit)
+    def forward(ctx, call, weight, want_stats, inplace, student):
+        """`student` is the call's, for autograd to see."""
+        arguments = (call.teacher, call.numbers, weight, call.labels, call.kind.kernel_number)
+        arguments += (call.vocab, want_stats, _resident_limit, call.ids, call.tail)
         if inplace:
             gradient = student.detach()
             loss, stats = _kernels.divergence_loss_(gradient, *arguments)
@@ -88,7 +92,7 @@ class LossWithGradient(torch.autograd.Function):
             spend(ctx, "divergence_loss")
         (gradient,) = ctx.saved_tensors
         _kernels.scale_(gradient, upstream)
-        return gradient, *([None] * 8)
+        return None, None, None, None, gradient
 
 
 def _fake_rows(student, want_stats, teacher=None):
@@ -99,32 +103,33 @@ def _fake_rows(student, want_stats, teacher=None):
 
 
 def _fake_divergence(
-    student, teacher, numbers, mask, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+    student, teacher, numbers, mask, labels, kind, vocab=-1, want_stats=False, *rest
 ):
     return _fake_rows(student, want_stats, teacher)
 
 
-def _fake_gradient(student, teacher, numbers, weight, labels, kind, vocab=-1, resident_limit=-1):
+def _fake_gradient(student, teacher, numbers, weight, labels, kind, *rest):
     return student.new_empty(student.shape)
 
 
 def _fake_loss(
-    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest
 ):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats, student.new_empty(student.shape)
 
 
 def _fake_loss_(
-    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, resident_limit=-1
+    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest
 ):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats
 
 
 def _setup(ctx, inputs, output):
-    student, teacher, numbers, mask, labels, ctx.kind, ctx.vocab, _, ctx.resident_limit = inputs
-    ctx.save_for_backward(student, teacher, numbers, mask, labels)
+    student, teacher, numbers, mask, labels, kind, vocab, _, resident_limit, ids, tail = inputs
+    ctx.rest = kind, vocab, resident_limit, tail
+    ctx.save_for_backward(student, teacher, numbers, mask, labels, ids)
 
 
 _SIDES = [1, 0, 3, 2, 5, 4, 6, 7]  # numbers with student and teacher exchanged
@@ -140,20 +145,21 @@ def _exchange(number: int, numbers: Tensor) -> tuple[int, Tensor]:
 
 
 def _backward(ctx, upstream, _):
-    student, teacher, numbers, mask, labels = ctx.saved_tensors
+    student, teacher, numbers, mask, labels, ids = ctx.saved_tensors
+    kind, vocab, resident_limit, tail = ctx.rest
     weight = upstream if mask is None else torch.where(mask, upstream, 0)
     gradient = _kernels.divergence_gradient
     to_student = to_teacher = None
     if ctx.needs_input_grad[0]:
         to_student = gradient(
-            student, teacher, numbers, weight, labels, ctx.kind, ctx.vocab, ctx.resident_limit
+            student, teacher, numbers, weight, labels, kind, vocab, resident_limit, ids, tail
         )
     if ctx.needs_input_grad[1]:
-        kind, exchanged = _exchange(ctx.kind, numbers)
+        kind, exchanged = _exchange(kind, numbers)
         to_teacher = gradient(
-            teacher, student, exchanged, weight, None, kind, ctx.vocab, ctx.resident_limit
+            teacher, student, exchanged, weight, None, kind, vocab, resident_limit
         )
-    return to_student, to_teacher, *([None] * 7)
+    return to_student, to_teacher, *([None] * 9)
 
 
 def no_second_derivative(ctx, *upstream):

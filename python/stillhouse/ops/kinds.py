@@ -25,6 +25,7 @@ class Kind:
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     pairs_columns: ClassVar[bool] = True  # a column of one side belongs to that of the other
+    sparse_tails: ClassVar[tuple[str, ...]] = ()  # of a SparseTeacher it can be taken to
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -78,6 +79,12 @@ class Kind:
         return KINDS[cls._mirror], *cls._mirrored(a, b)
 
 
+# Tails of sparse teachers: of any, of those that leave each column its probability, of those whose
+# probabilities are above 0.
+_ANY = ("bucket", "renormalize", "uniform", "drop")
+_WHOLE, _POSITIVE = _ANY[:3], ("bucket", "uniform")
+
+
 def _complement(a: Number, b: Number) -> tuple[Number, Number]:
     return 1 - a, b
 
@@ -87,6 +94,7 @@ class ForwardKL(Kind):
     """KL(p || q) = sum p (log p - log q): Hinton's divergence, it covers the teacher's modes."""
 
     number = 1
+    sparse_tails = _ANY
     _mirror = "reverse_kl"
 
 
@@ -95,6 +103,7 @@ class ReverseKL(Kind):
     """KL(q || p) = sum q (log q - log p): it seeks modes (MiniLLM, arXiv 2306.08543)."""
 
     number = 2
+    sparse_tails = _POSITIVE
     _mirror = "forward_kl"
 
 
@@ -108,6 +117,7 @@ class JSD(Kind):
     """
 
     number = 3
+    sparse_tails = _WHOLE
     _mirror = "jsd"
     _mirrored = staticmethod(_complement)
     beta: Number = 0.5
@@ -125,6 +135,7 @@ class SkewKL(Kind):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 4
+    sparse_tails = _WHOLE
     _mirror = "skew_reverse_kl"
     alpha: Number = 0.1
 
@@ -134,6 +145,7 @@ class SkewReverseKL(Kind):
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 5
+    sparse_tails = _WHOLE
     _mirror = "skew_kl"
     alpha: Number = 0.1
 
@@ -160,6 +172,7 @@ class TVD(Kind):
     """sum |p - q| / 2, one minus the acceptance rate of speculative sampling."""
 
     number = 7
+    sparse_tails = _WHOLE
     _mirror = "tvd"
 
 
@@ -168,6 +181,7 @@ class SoftCrossEntropy(Kind):
     """-sum p log q: the gradient of forward KL, and its value plus the teacher's entropy."""
 
     number = 8
+    sparse_tails = _ANY
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,7 @@ class SymmetricKL(Kind):
     """(1 - weight) KL(p || q) + weight KL(q || p); weight 0.5 is half of Jeffreys' divergence."""
 
     number = 9
+    sparse_tails = _POSITIVE
     _mirror = "symmetric_kl"
     _mirrored = staticmethod(_complement)
     weight: Number = 0.5
@@ -218,6 +233,7 @@ class Hellinger(Kind):
     """sum (sqrt p - sqrt q)^2, the squared distance without the factor 1/2: in [0, 2]."""
 
     number = 10
+    sparse_tails = _WHOLE
     _mirror = "hellinger"
 
 
@@ -227,6 +243,7 @@ class Chi2(Kind):
     in float32 beyond a gap of 88 nats."""
 
     number = 11
+    sparse_tails = _WHOLE
 
 
 @dataclass(frozen=True)
@@ -234,6 +251,7 @@ class LogAcceptance(Kind):
     """-log sum min(p, q): of the acceptance rate of speculative sampling. Right to 1e-7."""
 
     number = 12
+    sparse_tails = _WHOLE
     _mirror = "log_acceptance"
 
 
@@ -249,6 +267,7 @@ class AlphaBeta(Kind):
     """
 
     number = 13
+    sparse_tails = _POSITIVE
     variant = 23
     _mirror = "alpha_beta"
     _mirrored = staticmethod(lambda a, b: (b, a))
@@ -273,6 +292,7 @@ class Amari(Kind):
     alpha -> 1 and to reverse KL for alpha -> 0 (Amari, 1985)."""
 
     number = 14
+    sparse_tails = _POSITIVE
     _mirror = "amari"
     _mirrored = staticmethod(_complement)
     alpha: Number = 0.5
@@ -289,6 +309,7 @@ class Renyi(Kind):
     softmax of alpha log p + (1 - alpha) log q, that of `TAID(alpha)` for alpha <= 1."""
 
     number = 15
+    sparse_tails = _WHOLE
     alpha: Number = 0.5
 
     _interval = "the finite positive numbers other than 1 (the limit forward_kl)"
@@ -360,6 +381,15 @@ class StandardizedKL(Kind):
     deviation with V - 1 (logit standardisation, arXiv 2403.01427). NaN for a constant row."""
 
     number = 19
+
+
+@dataclass(frozen=True)
+class SupportKL(Kind):
+    """KL(p || q) of the columns that a `SparseTeacher` knows, both sides with sum 1 there: no other
+    column is read or gets a gradient. What it leaves free is all that lies outside."""
+
+    number = 25
+    sparse_tails = _ANY
 
 
 @dataclass(frozen=True)

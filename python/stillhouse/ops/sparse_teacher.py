@@ -1,0 +1,234 @@
+"""A teacher that is known at a few columns of each row: the top of its distribution, or draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# In the order of the kernel's numbers (csrc/divergence/kernel.h).
+TAILS = ("bucket", "renormalize", "uniform", "drop")
+# Float32 probabilities of a large vocabulary add up to 1 only so closely.
+_SLACK = 1e-3
+# Elements that are widened to float64 at a time.
+_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """Log-probabilities of k columns of each row, and what is taken to be true of the others.
+
+    Args:
+        ids: int32 or int64 [..., k], the columns, each at most once in a row; -1 = no column, for
+            rows that know fewer.
+        log_probs: [..., k] natural logarithms of the probabilities there; any float dtype. What they
+            do not add up to is the tail's.
+        vocab_size: V, the columns of the whole row.
+        temperature: that of the softmax which `log_probs` are of. A loss at another temperature
+            undoes it, where the tail leaves no doubt how: "renormalize" and "uniform".
+        tail: "bucket": all other columns are one outcome, on both sides, with the mass that is
+            missing; "renormalize": they have nothing, and the known ones are scaled to sum 1;
+            "uniform": they share the missing mass evenly; "drop": the known ones are taken as they
+            are, of a teacher whose sum is below 1 (forward KL and its cross-entropy alone).
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that disagree, more columns than the vocabulary has, ids outside it or
+            twice in a row, probabilities that add up to more than 1, an unknown tail. On an
+            accelerator the values are not looked at, which would wait for it: a row with such ids
+            is NaN.
+
+    Example:
+        >>> import torch
+        >>> from stillhouse import ops
+        >>> logits = torch.tensor([[4.0, 3.0, 0.0, 1.0]])
+        >>> teacher = ops.SparseTeacher.from_logits(logits, k=2)
+        >>> teacher.ids
+        tensor([[0, 1]], dtype=torch.int32)
+        >>> ops.divergence(torch.zeros(1, 4), teacher, "forward_kl")
+        tensor([0.4754])
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    vocab_size: int
+    temperature: float = 1.0
+    tail: str = "bucket"
+    _trusted: bool = field(default=False, repr=False, compare=False)
+
+    TAILS: ClassVar[tuple[str, ...]] = TAILS
+
+    def __post_init__(self) -> None:
+        ids, log_probs = self.ids, self.log_probs
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"ids must be an int32 or int64 tensor, got {found}")
+        if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+            found = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+            raise TypeError(f"log_probs must be a floating-point tensor, got {found}")
+        if ids.shape != log_probs.shape or ids.dim() < 1 or ids.shape[-1] == 0:
+            raise ValueError(
+                "ids and log_probs must both be [..., k] with k >= 1, got "
+                f"{tuple(ids.shape)} and {tuple(log_probs.shape)}"
+            )
+        if ids.device != log_probs.device:
+            raise ValueError(f"ids are on {ids.device}, log_probs on {log_probs.device}")
+        if ids.shape[-1] > self.vocab_size:
+            raise ValueError(
+                f"k = {ids.shape[-1]} columns are more than the {self.vocab_size} of the vocabulary"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
+        if log_probs.dtype not in (torch.float32, torch.float64):
+            object.__setattr__(self, "log_probs", log_probs.float())
+        if not self._trusted and ids.is_cpu and not torch.compiler.is_compiling():
+            self._check_values()
+        if ids.dtype != torch.int32:
+            object.__setattr__(self, "ids", ids.int())
+        object.__setattr__(self, "_trusted", False)  # of this object; another may be made of it
+
+    def _check_values(self) -> None:
+        ids, log_probs = self.ids.flatten(0, -2), self.log_probs.flatten(0, -2)
+        wrong = (ids < -1) | (ids >= self.vocab_size)
+        if wrong.any():
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"id {int(ids[row, column])} of row {row} is outside [0, {self.vocab_size}) and "
+                "not -1 (no column)"
+            )
+        ordered = ids.sort(-1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if twice.any():
+            row, column = (int(i) for i in twice.nonzero()[0])
+            raise ValueError(f"id {int(ordered[row, column])} comes twice in row {row}")
+        mass = torch.where(ids >= 0, log_probs, -torch.inf).exp().sum(-1, dtype=torch.float64)
+        above = mass > 1 + _SLACK
+        if above.any():
+            row = int(above.nonzero()[0])
+            raise ValueError(
+                f"the probabilities of row {row} add up to {mass[row].item():.4g}: log_probs must "
+                "be logarithms of a softmax over the whole row"
+            )
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        *,
+        k: int | None = None,
+        p: float | None = None,
+        temperature: float = 1.0,
+        tail: str = "bucket",
+    ) -> SparseTeacher:
+        """The k largest probabilities of each row of `logits` [..., V], or as many of the largest
+        as reach the mass `p` (and at most k, if both are given). No gradient flows to the logits.
+
+        Raises ValueError unless k in [1, V] or p in (0, 1] is given.
+        """
+        columns = logits.shape[-1]
+        if k is None and p is None:
+            raise ValueError("from_logits needs k= (columns) or p= (mass)")
+        if k is not None and not 1 <= k <= columns:
+            raise ValueError(f"k must lie in [1, {columns}], got {k}")
+        if p is not None and not 0 < p <= 1:
+            raise ValueError(f"p must lie in (0, 1], got {p}")
+        logits = logits.detach()
+        limit = columns if k is None else k
+        top, ids, log_sum = None, None, _log_sum_exp(logits, temperature)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        count = limit if p is None else min(limit, 64)
+        while True:
+            top, ids = logits.topk(count, -1)
+            log_probs = (top.to(log_sum.dtype) / temperature - log_sum[..., None]).to(wide)
+            if p is None:
+                break
+            mass = log_probs.exp().cumsum(-1, dtype=torch.float64)
+            if count == limit or bool((mass[..., -1] >= p).all()):
+                needed = torch.zeros_like(ids, dtype=torch.bool)
+                needed[..., 0], needed[..., 1:] = True, mass[..., :-1] < p
+                ids, log_probs = _padded(ids, log_probs, needed)
+                break
+            count = min(limit, 4 * count)
+        return cls(ids.int(), log_probs, columns, temperature, tail, _trusted=True)
+
+    @classmethod
+    def sample(
+        cls,
+        logits: Tensor,
+        draws: int,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> SparseTeacher:
+        """`draws` columns of each row of `logits` [..., V], drawn from its softmax with replacement,
+        each with the probability count / draws: an unbiased estimate of the teacher, of which the
+        gradient of forward KL is the dense one on average (random sampling KD, arXiv 2503.16870).
+
+        Draws are made from float64 probabilities. Raises ValueError for draws < 1.
+        """
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        columns, shape = logits.shape[-1], logits.shape[:-1]
+        rows = logits.detach().reshape(-1, columns)
+        parts = [
+            torch.multinomial(
+                torch.softmax(part.double() / temperature, -1), draws, True, generator=generator
+            )
+            for part in rows.split(max(1, _ELEMENTS // columns))
+        ]
+        ids = torch.cat(parts or [rows.new_empty(0, draws, dtype=torch.int64)]).sort(-1).values
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        place = first.cumsum(-1) - 1
+        count = torch.zeros_like(ids, dtype=torch.float32)
+        count.scatter_add_(-1, place, torch.ones_like(count))
+        unique = torch.full_like(ids, -1).scatter(-1, place, ids)
+        width = int(first.sum(-1).max()) if ids.numel() else 1
+        ids, log_probs = unique[:, :width], (count[:, :width] / draws).log()
+        shape = (*shape, width)
+        return cls(
+            ids.int().view(shape), log_probs.view(shape), columns, temperature, "drop", _trusted=True
+        )
+
+    def to_dense(self) -> Tensor:
+        """Log-probabilities of all columns, [..., V]. A bucket is shared out evenly, as with
+        "uniform"; under "renormalize" and "drop" the other columns have -inf."""
+        present = self.ids >= 0
+        known = torch.where(present, self.log_probs, -torch.inf)
+        mass = known.exp().sum(-1, keepdim=True, dtype=torch.float64)
+        count = present.sum(-1, keepdim=True)
+        other = torch.full_like(mass, -torch.inf)
+        if self.tail in ("bucket", "uniform"):
+            rest = torch.where(count < self.vocab_size, (1 - mass).clamp(min=0), 0)
+            other = (rest / (self.vocab_size - count).clamp(min=1)).log()
+        if self.tail == "renormalize":
+            known = known - mass.log().to(known.dtype)
+        # One more column, for the ids that are none.
+        shape = (*self.ids.shape[:-1], self.vocab_size + 1)
+        dense = other.to(known.dtype).expand(shape).clone()
+        places = torch.where(present, self.ids, self.vocab_size).long()
+        return dense.scatter(-1, places, known)[..., :-1]
+
+
+def _padded(ids: Tensor, log_probs: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the columns that no row needs, and with none in their place where others do."""
+    width = max(1, int(needed.sum(-1).max())) if needed.numel() else 1
+    needed = needed[..., :width]
+    ids = torch.where(needed, ids[..., :width], -1)
+    return ids, torch.where(needed, log_probs[..., :width], -torch.inf)
+
+
+def _log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
+    """Of each row, in float64."""
+    columns = logits.shape[-1]
+    parts = [
+        torch.logsumexp(part.double() / temperature, -1)
+        for part in logits.reshape(-1, columns).split(max(1, _ELEMENTS // columns))
+    ]
+    whole = torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float64)
+    return whole.view(logits.shape[:-1])
