@@ -32,8 +32,8 @@ STILLHOUSE_LIBRARY(m) {
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
 #define SH_LINEAR                                                                              \
   "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, "      \
-  "Tensor? teacher_bias, Tensor numbers, Tensor? labels, Tensor? counted, int kind, "          \
-  "int vocab, ScalarType? product, int chunk_rows, "
+  "Tensor? teacher_bias, Tensor? ids, Tensor numbers, Tensor? labels, Tensor? counted, "       \
+  "int kind, int tail, int vocab, ScalarType? product, int chunk_rows, "
   m.def("linear_divergence(" SH_LINEAR
         "bool want_stats, bool want_hidden) -> (Tensor value, Tensor stats, Tensor d_hidden)");
   m.def("linear_divergence_gradient(" SH_LINEAR

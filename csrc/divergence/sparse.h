@@ -32,6 +32,11 @@ struct Support {
         log_p[at] = Real(widen(x[i]));
       }
     });
+    for (int64_t b = 0; b < blocks; ++b) {
+      Real* seen = w.label_e - b * kBlock;
+      for (int64_t i = begin[b]; i < begin[b + 1]; ++i) seen[column[i]] = 0;
+      for (int64_t i = begin[b]; i < begin[b + 1]; ++i) broken = broken || seen[column[i]]++ > 0;
+    }
   }
 
   // Of probabilities whose known ones add up to this, what the other columns have.
@@ -141,12 +146,9 @@ struct SparseRow {
       return as_they_lie ? slot_of<Bf16, Lane<Real>>(j) : j;
     };
     for (int64_t i = first; i < last; ++i) {
-      Real& of_column = e[slot(i)];
-      support.broken = support.broken || of_column < 0;  // it has been here
-      q[i] = of_column;
-      of_column = -1;
+      q[i] = e[slot(i)];
+      e[slot(i)] = 0;
     }
-    for (int64_t i = first; i < last; ++i) e[slot(i)] = 0;
     return block_sum<Real>(padded(student.columns(start)), e);
   }
 
@@ -181,7 +183,7 @@ struct SparseRow {
         const Real* x = without_known(start);
         for (int64_t j = 0; j < student.columns(start); ++j) {
           if (pass == 0) top = larger(x[j], top);
-          if (pass == 1) sum += std::exp(double(student.gain) * (double(x[j]) - double(shift)));
+          if (pass == 1) sum += std::exp(double(student.gain) * double(x[j]) - student.origin(shift));
         }
       }
       if (pass == 0 && !(top > -INFINITY)) return;
@@ -284,6 +286,14 @@ struct SparseRow {
   void write_gradient(Real rest) {
     char* row = row_of(problem.gradient, r);
     const bool nothing = support_alone || !(rest_sum > 0);
+    if (nothing && !label.on && student.cap == 0) {
+      const int64_t bytes = problem.vocab * element_size(problem.gradient.dtype);
+      for (int64_t i = 0; i < bytes; ++i) row[i] = 0;
+      with_type(problem.gradient.dtype, row, [&](auto* out) {
+        for (int64_t i = 0; i < support.count; ++i) narrow(slopes[i], out[support.column[i]]);
+      });
+      return;
+    }
     for (int64_t start = 0; start < problem.vocab; start += kBlock) {
       const int64_t n = padded(student.columns(start));
       Real* e = kept ? w.q + start : w.student_e;

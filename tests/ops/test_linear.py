@@ -333,7 +333,8 @@ def test_opcheck(namespace, request):
     numbers = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5, 0, 1], dtype=torch.float64)
     p = Problem(torch.float32)
     t = p.teacher
-    common = (*p.leaves, t.hidden, t.weight, t.bias, numbers, p.labels, p.labels > 50, 3, -1)
+    teacher = (t.hidden, t.weight, t.bias, None)
+    common = (*p.leaves, *teacher, numbers, p.labels, p.labels > 50, 3, 0, -1)
     for product in (None, torch.bfloat16):
         rows = (*common, product, 4)
         torch.library.opcheck(S.linear_divergence.default, (*rows, True, True))

@@ -167,6 +167,8 @@ def _check_sparse(
     teacher: SparseTeacher, student: Tensor, kind: Kind, vocab_size: int | None
 ) -> None:
     name, rows = type(kind).__name__, teacher.ids.shape[:-1]
+    if teacher.log_probs.requires_grad:
+        raise ValueError("a SparseTeacher has no gradient: detach its log_probs")
     if teacher.tail not in kind.sparse_tails:
         known = ", ".join(kind.sparse_tails)
         raise ValueError(

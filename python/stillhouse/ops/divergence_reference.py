@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .divergence_arguments import Call
-from .kinds import DKD, TAID, ULD
+from .kinds import DKD, TAID, ULD, SupportKL
+from .sparse_teacher import TAILS
 
 
 def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,10 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     lq = torch.log_softmax(z / temperature, -1)
     value = torch.zeros(z.shape[:-1], dtype=call.result, device=z.device)
     stats = _student_stats(lq, z / temperature) if want_stats else value.new_empty(0)
-    if call.kind.needs_teacher:
+    if call.ids is not None:
+        value, stats = _of_sparse(call, z / temperature, teacher_temperature, a, b)
+        value = (1 - label_weight) * factor * value
+    elif call.kind.needs_teacher:
         every = call.vocab < 0 and not call.kind.pairs_columns
         t = logits(call.teacher, teacher_scale, teacher_cap, None if every else vocab)
         number = call.kind.kernel_number
@@ -64,6 +68,56 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     if mask is not None:
         value = torch.where(mask, value, 0)
         stats = torch.where(mask, stats, 0) if want_stats else stats
+    return value, stats
+
+
+def _outcomes(call: Call, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [..., k + 1] of student and teacher: of the columns that the teacher knows
+    and of all others together; or [..., V], where it shares out what the others have. The teacher's
+    are still to be normalised."""
+    lq, present, tail = z.log_softmax(-1), call.ids >= 0, TAILS[call.tail]
+    columns = torch.where(present, call.ids, 0).long()
+    known = torch.where(present, call.teacher.to(call.result), -torch.inf)
+    # Columns that are none add nothing to column 0.
+    is_known = torch.zeros_like(lq).scatter_add(-1, columns, present.to(lq.dtype)) > 0
+    rest = (1 - known.exp().sum(-1, keepdim=True)).clamp(min=0)
+    rest = torch.where(is_known.all(-1, keepdim=True), 0, rest)
+    at_known = torch.where(present, z.gather(-1, columns), -torch.inf)
+    if isinstance(call.kind, SupportKL):
+        return at_known, known / temperature
+    if tail == "uniform":
+        share = rest / (~is_known).sum(-1, keepdim=True).clamp(min=1)
+        spread = torch.zeros_like(lq).scatter_add(-1, columns, torch.where(present, known.exp(), 0))
+        return z, torch.where(is_known, spread, share).log() / temperature
+    of_rest = z.masked_fill(is_known, -torch.inf).logsumexp(-1, keepdim=True)
+    rest = rest.log() if tail == "bucket" else torch.full_like(rest, -torch.inf)
+    return torch.cat([at_known, of_rest], -1), torch.cat([known / temperature, rest], -1)
+
+
+def _of_sparse(
+    call: Call, z: Tensor, temperature: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    of_student, of_teacher = _outcomes(call, z, temperature)
+    normalised = TAILS[call.tail] != "drop" or isinstance(call.kind, SupportKL)
+    lq, lp = of_student.log_softmax(-1), of_teacher.log_softmax(-1) if normalised else of_teacher
+    number = call.kind.kernel_number
+    value = _REFERENCE[number](lq, lp, a, b).sum(-1)
+    if number in _FINISH:
+        value = _FINISH[number](value, a)
+    stats = _reference_stats(lq, lp, of_student, of_teacher, True)
+    if not normalised:
+        stats[5] = 0
+    # The top columns are compared, the lower of equal ones; the entropy is that of all columns.
+    known = torch.full_like(z, -torch.inf)
+    columns, present = call.ids.clamp(min=0).long(), call.ids >= 0
+    log_probs = torch.where(present, call.teacher.to(z.dtype), -torch.inf)
+    known = known.scatter_reduce(-1, columns, log_probs, "amax")
+    shown = z
+    if isinstance(call.kind, SupportKL):
+        shown = z.masked_fill(known == -torch.inf, -torch.inf)
+    else:
+        stats[2] = _student_stats(z.log_softmax(-1), z)[2]
+    stats[1] = (shown.argmax(-1) == known.argmax(-1)).to(value.dtype)
     return value, stats
 
 
@@ -178,7 +232,7 @@ _REFERENCE = {  # kind number -> (lq, lp, two parameters) -> summands [..., V]
     14: lambda lq, lp, a, b: (_power(lp, lq, a, 1 - a) - lq.exp()) / (a * (a - 1)),
     15: lambda lq, lp, a, b: _power(lp, lq, a, 1 - a),
 }
-_REFERENCE[19] = _REFERENCE[1]
+_REFERENCE[19] = _REFERENCE[25] = _REFERENCE[1]
 _REFERENCE[23] = _REFERENCE[13]
 _REFERENCE[24] = lambda lq, lp, a, b: _minus(lq, lp).square()
 _REFERENCE[20] = lambda lq, lp, a, b: _adaptive_kl(lq, lp, a)

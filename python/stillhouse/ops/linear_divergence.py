@@ -12,6 +12,7 @@ from .divergence_arguments import Call, check_call, check_labels, check_rows, lo
 from .divergence_autograd import has_kernel, kernels
 from .kinds import Kind, Number
 from .linear_divergence_autograd import Arguments, LossWithGradients
+from .sparse_teacher import SparseTeacher
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Tensor | LinearTeacher | None,
+    teacher: Tensor | LinearTeacher | SparseTeacher | None,
     kind: str | Kind = "forward_kl",
     *,
     student_bias: Tensor | None = None,
@@ -75,7 +76,7 @@ def linear_divergence(
     Args as in `divergence`, and:
         student_hidden: [..., H]; student_weight: [V, H]; student_bias: [V] or None. One dtype;
             under autocast any, and the products are made in autocast's.
-        teacher: `LinearTeacher`, logits [..., V], or None for `CrossEntropy`. The label's
+        teacher: `LinearTeacher`, logits [..., V], `SparseTeacher`, or None for `CrossEntropy`. The label's
             log-probability is minus the value of `CrossEntropy`.
         chunk_rows: rows whose logits exist at a time; None: about 100 MB of them for each side.
 
@@ -136,7 +137,7 @@ def linear_divergence(
 def linear_divergence_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Tensor | LinearTeacher | None,
+    teacher: Tensor | LinearTeacher | SparseTeacher | None,
     kind: str | Kind = "forward_kl",
     *,
     student_bias: Tensor | None = None,
@@ -213,7 +214,7 @@ def _check(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher: Tensor | LinearTeacher | None,
+    teacher: Tensor | LinearTeacher | SparseTeacher | None,
     chunk_rows: int | None,
     kind: str | Kind,
     temperature: Number,
@@ -233,7 +234,7 @@ def _check(
         shared = teacher.weight is weight
         _check_frozen(teacher.hidden, *((None, None) if shared else (teacher.weight, teacher.bias)))
         heads.append((teacher.hidden, teacher.weight, teacher.bias))
-    elif teacher is not None:
+    elif isinstance(teacher, Tensor):
         _check_frozen(teacher)
     product = _autocast_dtype([x for head in heads for x in head if x is not None])
     for head, name in zip(heads, ("student", "LinearTeacher"), strict=False):
@@ -260,24 +261,25 @@ def _check(
         label_weight,
     )
 
-    def flat(x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1])
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1, x.shape[-1])
 
-    rows = (teacher, None, None)
+    rows = (call.teacher, None, None)
     if isinstance(teacher, LinearTeacher):
-        rows = (teacher.hidden, teacher.weight, teacher.bias)
-    rows = [None if x is None else x.detach() for x in rows]
-    if rows[0] is not None:
-        rows[0] = flat(rows[0])
+        shared = None if teacher.bias is None else teacher.bias.detach()
+        rows = (teacher.hidden, teacher.weight.detach(), shared)
     return call, Arguments(
         flat(hidden),
         weight,
         bias,
-        *rows,
+        flat(rows[0]),
+        *rows[1:],
+        flat(call.ids),
         call.numbers,
         None if labels is None else labels.reshape(-1),
         None,
         call.kind.kernel_number,
+        call.tail,
         call.vocab,
         product,
         chunk_rows or 0,

@@ -164,10 +164,12 @@ class Arguments(NamedTuple):
     teacher: Tensor | None  # logits [N, V], or hidden [N, Ht] where there is a teacher_weight
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    ids: Tensor | None  # [N, k] of a sparse teacher, whose log-probabilities [N, k] `teacher` is
     numbers: Tensor
     labels: Tensor | None
     counted: Tensor | None  # bool [N], the rows to be read; None: all
     kind: int
+    tail: int
     vocab: int
     product: torch.dtype | None  # of both sides' products; None: that of each side's weight
     chunk_rows: int  # 0: as measured to be best
@@ -180,7 +182,7 @@ class Arguments(NamedTuple):
         return torch.float64 if double else torch.float32
 
 
-_COMMON = len(Arguments._fields)
+_COMMON, _TENSORS = len(Arguments._fields), Arguments._fields.index("kind")
 
 
 class _Call:
@@ -201,9 +203,9 @@ class _Call:
         parts = _chunks(rows, columns, itemsize, a.chunk_rows)
         self.parts = [part if index is None else index[part] for part in parts]
 
-    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, tuple, tuple]]:
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, tuple, tuple, dict]]:
         """Rows of a chunk, the head's inputs, and a kernel's arguments: those before the weight of
-        the rows, the first the student's logits, and those after it."""
+        the rows, the first the student's logits, those after it, and a sparse teacher's."""
         a = self.arguments
         for rows in self.parts:
             x = self.head.inputs(rows)
@@ -211,7 +213,9 @@ class _Call:
             if self.teacher is not None:
                 teacher = self.teacher.logits(self.teacher.inputs(rows))
             labels = None if a.labels is None else a.labels[rows]
-            yield rows, x, (self.head.logits(x), teacher, a.numbers), (labels, a.kind, a.vocab)
+            sparse = {} if a.ids is None else {"ids": a.ids[rows], "tail": a.tail}
+            before = (self.head.logits(x), teacher, a.numbers)
+            yield rows, x, before, (labels, a.kind, a.vocab), sparse
 
     def gradients(self, *wanted: bool) -> _Gradients:
         single = len(self.parts) == 1
@@ -231,12 +235,12 @@ def _implementations(namespace: str) -> dict[str, Any]:
         call = _Call(a := Arguments(*common))
         value, stats = a.hidden.new_zeros(len(a.hidden), dtype=a.result), call.stats(want_stats)
         gradients = call.gradients(want_hidden, False, False)
-        for rows, x, before, after in call:
-            value[rows], of_chunk = kernels.divergence(*before, None, *after, want_stats)
+        for rows, x, before, after, sparse in call:
+            value[rows], of_chunk = kernels.divergence(*before, None, *after, want_stats, **sparse)
             if want_stats:
                 stats[:, rows] = of_chunk
             if want_hidden:
-                kernels.divergence_loss_(*before, value.new_ones(len(x)), *after)
+                kernels.divergence_loss_(*before, value.new_ones(len(x)), *after, **sparse)
                 gradients.add(rows, x, before[0])
         return value, stats, gradients.hidden
 
@@ -245,8 +249,9 @@ def _implementations(namespace: str) -> dict[str, Any]:
         call = _Call(a := Arguments(*common))
         loss, stats = a.hidden.new_zeros((), dtype=torch.float64), call.stats(want_stats)
         gradients = call.gradients(want_hidden, want_weight, want_bias)
-        for rows, x, before, after in call:
-            part, of_chunk = kernels.divergence_loss_(*before, row_weight[rows], *after, want_stats)
+        for rows, x, before, after, sparse in call:
+            arguments = (*before, row_weight[rows], *after, want_stats)
+            part, of_chunk = kernels.divergence_loss_(*arguments, **sparse)
             loss += part
             if want_stats:
                 stats[:, rows] = of_chunk
@@ -308,9 +313,9 @@ class _LastDerivative(torch.autograd.Function):
 
 def _setup(ctx, inputs, output):
     a = Arguments(*inputs[:_COMMON])
-    ctx.rest = a.kind, a.vocab, a.product, a.chunk_rows
+    ctx.rest = a[_TENSORS:]
     *_, rows_gradient = output
-    ctx.save_for_backward(*a[:9], rows_gradient)
+    ctx.save_for_backward(*a[:_TENSORS], rows_gradient)
 
 
 def _backward(ctx, upstream, *_):
