@@ -3,6 +3,7 @@
 #include "kernel.cuh"
 #include "problem.h"
 #include "sorted.cuh"
+#include "sparse.cuh"
 
 namespace stillhouse {
 namespace {
@@ -95,6 +96,25 @@ void launch_sorted(const Problem<Real>& p, const Tensor& student, Launcher& laun
          p, static_cast<char*>(scratch.data_ptr()), columns);
 }
 
+template <class Real, class In>
+void launch_sparse_of(const Problem<Real>& p, Launcher& launch) {
+  const size_t bits = size_t(p.vocab + 31) / 32 * sizeof(uint32_t);
+  STD_TORCH_CHECK(bits <= launch.most_shared(), "a sparse teacher's vocabulary of ", p.vocab,
+                  " columns needs more shared memory than this device has");
+  launch("sparse", sparse_kernel<Real, In, 256>, Grid{p.rows, 256, bits}, p);
+}
+template <class Real>
+void launch_sparse(const Problem<Real>& p, Launcher& launch) {
+  const Dtype dtype = p.student.rows.dtype;
+  const bool same = p.gradient.data == nullptr || p.gradient.dtype == dtype;
+  if constexpr (sizeof(Real) == 4) {
+    if (same && dtype == Dtype::f32) return launch_sparse_of<Real, float>(p, launch);
+    if (same && dtype == Dtype::bf16) return launch_sparse_of<Real, Bf16>(p, launch);
+    if (same && dtype == Dtype::fp16) return launch_sparse_of<Real, Fp16>(p, launch);
+  }
+  launch_sparse_of<Real, Mixed>(p, launch);
+}
+
 // out = sum of weight * value, by one block in an order that does not change.
 template <class Real>
 __global__ void total_kernel(const Real* weight, const Real* value, int64_t rows, Real* out) {
@@ -120,6 +140,7 @@ struct Cuda {
   static void launch(const Problem<Real>& p, const Tensor& student) {
     if (p.rows == 0) return;
     Launcher launch(student);
+    if (p.sparse.ids != nullptr) return launch_sparse(p, launch);
     switch (p.kind) {
       case kCrossEntropy:
         return choose_type<LabelsOnly>(p, launch);

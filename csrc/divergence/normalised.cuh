@@ -342,6 +342,19 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
       exponentials(t[slot], t_shift, Real(teacher_gain() * kLog2e), t_e[slot]);
   }
 
+  // A column's gradient with the label's part, and what the soft-cap makes of it.
+  __device__ Real with_label(Real g, Real x, int64_t at) const {
+    if (!labelled) return g;
+    const Real q1 = label_factor * fast_exp2((x - z_shift) * label_gain2);
+    g += label_weight * (q1 - (x > -INFINITY ? uniform : Real(0)));
+    return at == label ? g - label_weight * (1 - Real(problem.label_smoothing)) : g;
+  }
+  __device__ Real with_cap(Real g, Real x) const {
+    if (!(student.cap > 0)) return g;
+    const Real ratio = x / student.cap;
+    return x > -INFINITY ? g * student.scale * (1 - ratio * ratio) : Real(0);
+  }
+
   __device__ Element<Real> element(int slot, int i) const {
     return make_element(scalars, z[slot][i], t[slot][i], z_e[slot][i], t_e[slot][i], 0);
   }

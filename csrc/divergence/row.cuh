@@ -15,11 +15,11 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
   using Base = NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain>;
   using Base::each_chunk, Base::fetch, Base::element, Base::kRegisters, Base::kSize, Base::origin;
   using Base::kWithout, Base::without, Base::z_without, Base::column, Base::whole;
-  using Base::labelled, Base::label, Base::label_gain2, Base::label_factor, Base::label_weight;
+  using Base::labelled, Base::label_weight, Base::with_cap, Base::with_label;
   using Base::problem, Base::r, Base::params, Base::scalars, Base::means, Base::weight;
   using Base::student, Base::z, Base::t, Base::z_e, Base::t_e, Base::z_shift, Base::z_lse,
       Base::t_lse;
-  using Base::uniform, Base::label_value, Base::label_probability, Base::agreement;
+  using Base::label_value, Base::label_probability, Base::agreement;
   using typename Base::Side;
   using typename Base::T;
 
@@ -38,13 +38,9 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
   }
 
   __device__ void finish(int slot, int64_t start, Real (&g)[kSize]) {
-    if (!kPlain && labelled) {
+    if constexpr (!kPlain) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const Real q1 = label_factor * fast_exp2((z[slot][i] - z_shift) * label_gain2);
-        g[i] += label_weight * (q1 - (z[slot][i] > -INFINITY ? uniform : Real(0)));
-        if (start + i == label) g[i] -= label_weight * (1 - Real(problem.label_smoothing));
-      }
+      for (int i = 0; i < kSize; ++i) g[i] = with_label(g[i], z[slot][i], start + i);
     }
     if constexpr (kWithout) {
 #pragma unroll
@@ -55,12 +51,9 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
         z[slot][i] = z_without;
       }
     }
-    if (!kPlain && student.cap > 0) {
+    if constexpr (!kPlain) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const Real ratio = z[slot][i] / student.cap;
-        g[i] = z[slot][i] > -INFINITY ? g[i] * student.scale * (1 - ratio * ratio) : Real(0);
-      }
+      for (int i = 0; i < kSize; ++i) g[i] = with_cap(g[i], z[slot][i]);
     }
     store_chunk<In>(gradient, problem.gradient.dtype, gradient_aligned, start, problem.vocab, g);
   }

@@ -1,0 +1,320 @@
+// A teacher that is known at k columns of a row (sparse.h has the mathematics), a block of threads a row.
+// A bit a column in shared memory says which ones. The columns of a chunk belong to its thread, those that
+// are known to the thread of their place among the k: nobody else writes to them.
+//   1. maximum and sum of exponentials of what is not known
+//   2. the outcomes: value, slopes                  (over all columns, where each has a share of its own)
+//   3. the gradient, of a column that is not known a multiple of its exponential
+// All kinds are in one kernel: what depends on them is a loop over few outcomes.
+#pragma once
+#include "normalised.cuh"
+#include "prepare.cuh"
+
+namespace stillhouse {
+
+template <class Real, class In, int kThreads>
+struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::nothing, false> {
+  using Base = NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::nothing, false>;
+  using Base::each_chunk, Base::kSize, Base::origin, Base::problem, Base::r, Base::scalars;
+  using Base::label_value, Base::student, Base::weight, Base::with_cap, Base::with_label;
+  using typename Base::Side;
+  using typename Base::T;
+
+  const SharedPointer<uint32_t> bits;
+  const int32_t* const ids;
+  const bool support_alone;  // k outcomes, both sides with sum 1 there
+  const bool even;           // all columns are outcomes: the unknown ones share alike
+  bool broken = false;       // a column that does not exist, or one twice
+  int64_t count = 0;         // of the known columns
+  Real gain2, t_gain, shift = 0, rest_shift = 0, log_rest = 0;
+  double rest_sum = 0, rest_in_row = 0;  // relative to rest_shift, to shift
+  double z_lse = 0, t_lse = 0;           // of the outcomes, the student's relative to shift
+  double teacher_mass = 1;
+
+  __device__ DeviceSparseRow(const Problem<Real>& problem, int64_t r,
+                             SharedPointer<uint32_t> bits)
+      : Base(problem, r, SharedPointer<In>()),
+        bits(bits),
+        ids(problem.sparse.ids + r * problem.sparse.k),
+        support_alone(problem.kind == kSupportKL),
+        even(problem.sparse.tail == kUniform && !support_alone),
+        gain2(Real(student.gain * kLog2e)),
+        t_gain(Real(1 / problem.teacher.temperature)) {}
+
+  __device__ bool is_known(int64_t j) const {
+    return j >= 0 && j < problem.vocab && (uint32_t(bits[j / 32]) >> (j % 32) & 1u) != 0;
+  }
+  // f(place, column) for the known columns of this thread.
+  template <class F>
+  __device__ void each_known(F f) const {
+    for (int64_t i = T::rank(); i < problem.sparse.k; i += kThreads)
+      if (ids[i] >= 0 && ids[i] < problem.vocab) f(i, int64_t(ids[i]));
+  }
+  __device__ Real log_p(int64_t i) const {
+    Real x = 0;
+    with_type(problem.teacher.rows.dtype, row_of(problem.teacher.rows, r),
+              [&](auto* in) { x = Real(widen(in[i])); });
+    return x;
+  }
+
+  __device__ void mark() {
+    for (int64_t j = T::rank(); j < (problem.vocab + 31) / 32; j += kThreads) bits[j] = 0;
+    T::sync();
+    double found[2] = {};
+    for (int64_t i = T::rank(); i < problem.sparse.k; i += kThreads) {
+      if (ids[i] >= problem.vocab) found[1] = 1;
+      if (ids[i] < 0 || ids[i] >= problem.vocab) continue;
+      const uint32_t bit = 1u << (ids[i] % 32);
+      // A sum is the union as long as no bit comes twice; one that does is seen.
+      if (shared_add(bits, ids[i] / 32, bit) & bit) found[1] = 1;
+      found[0] += 1;
+    }
+    T::sync();
+    T::reduce(found, Add());
+    count = int64_t(found[0]);
+    broken = found[1] > 0;
+  }
+
+  // Pass 1, and the log-sum-exps of both sides' outcomes.
+  __device__ void normalise_outcomes() {
+    RunningSum<Real> rest;
+    if (!support_alone) {
+      each_chunk([&](int, int64_t start) {
+        Real x[kSize];
+        student.load(start, x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+          if (is_known(start + i)) x[i] = -INFINITY;
+        rest.add(x, gain2, Real(0));
+      });
+    }
+    Real maxima[2] = {rest.max, Real(-INFINITY)};
+    each_known([&](int64_t, int64_t j) {
+      const Real x = student.column(j);
+      maxima[1] = x > maxima[1] ? x : maxima[1];
+    });
+    T::reduce(maxima, Largest());
+    rest_shift = RunningSum<Real>::shift_of(maxima[0]);
+    shift = RunningSum<Real>::shift_of(maxima[0] > maxima[1] ? maxima[0] : maxima[1]);
+    rest.rescale(rest_shift, gain2, Real(0));
+    double sums[4] = {double(rest.sum), 0, 0, 0};  // of the rest, known: q, p, p at its temperature
+    each_known([&](int64_t i, int64_t j) {
+      const Real x = log_p(i);
+      sums[1] += double(fast_exp2((student.column(j) - shift) * gain2));
+      sums[2] += double(fast_exp2(x * Real(kLog2e)));
+      sums[3] += double(fast_exp2(x * t_gain * Real(kLog2e)));
+    });
+    T::reduce(sums, Add());
+    rest_sum = sums[0];
+    rest_in_row = sums[0] > 0 ? sums[0] * ::exp(double(student.gain) *
+                                                (double(rest_shift) - double(shift)))
+                              : sums[0];
+    const double total = support_alone ? sums[1] : sums[1] + rest_in_row;
+    const double rest_p = count == problem.vocab || sums[2] > 1 ? 0 : 1 - sums[2];
+    double teacher_total = sums[3];
+    if (even) {
+      log_rest = Real(::log(rest_p / double(problem.vocab - count)));
+      if (rest_p > 0)
+        teacher_total += double(problem.vocab - count) * ::exp(double(t_gain) * double(log_rest));
+    } else if (problem.sparse.tail == kBucket && !support_alone) {
+      log_rest = Real(::log(rest_p));
+      teacher_total += rest_p;
+    } else {
+      log_rest = -INFINITY;
+      if (problem.sparse.tail == kDrop && !support_alone) {
+        teacher_mass = sums[3];
+        teacher_total = 1;
+      }
+    }
+    z_lse = ::log(total);
+    t_lse = ::log(teacher_total);
+    scalars.z_gain = student.gain;
+    scalars.t_gain = t_gain;
+    scalars.ratio = student.gain / t_gain;
+    scalars.lse_difference = minus_two_part<Real>(t_lse - z_lse);
+    scalars.z_lse = minus_two_part<Real>(z_lse);
+    scalars.t_lse = minus_two_part<Real>(t_lse);
+    scalars.q_factor = Real(1 / total);
+    scalars.p_factor = Real(1 / teacher_total);
+  }
+
+  // Of a column; x is its logit.
+  __device__ Element<Real> element(Real x, Real log_p) const {
+    x -= shift;
+    return make_element(scalars, x, log_p, fast_exp2(x * gain2),
+                        fast_exp2(log_p * t_gain * Real(kLog2e)), 0);
+  }
+  // Of all columns that are not known.
+  __device__ Element<Real> rest_outcome() const {
+    const double x = ::log(rest_sum) / double(student.gain) + (double(rest_shift) - double(shift));
+    return make_element(scalars, Real(x), log_rest, Real(rest_in_row),
+                        fast_exp2(log_rest * t_gain * Real(kLog2e)), 0);
+  }
+  // f(element) for the outcomes of this thread.
+  template <class F>
+  __device__ void each_outcome(F f) {
+    each_known([&](int64_t i, int64_t j) { f(element(student.column(j), log_p(i))); });
+    if (even) {
+      each_unknown([&](int64_t, Real x) { f(element(x, log_rest)); });
+    } else if (!support_alone && T::rank() == 0) {
+      f(rest_outcome());
+    }
+  }
+  // f(column, logit)
+  template <class F>
+  __device__ void each_unknown(F f) {
+    each_chunk([&](int, int64_t start) {
+      Real x[kSize];
+      student.load(start, x);
+      for (int i = 0; i < kSize; ++i)
+        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i))
+          f(start + i, x[i]);
+    });
+  }
+
+  template <class Kind>
+  __device__ void run() {
+    const KindParams<Real>& params = problem.params;
+    double sums[2] = {};  // value, slope
+    each_outcome([&](const Element<Real>& e) {
+      const auto adjusted = Kind::adjusted(e, params);
+      sums[0] += double(kind_term<Kind>(adjusted, params));
+      sums[1] += double(Kind::slope(adjusted, params));
+    });
+    T::reduce(sums, Add());
+    if (Kind::kForm == Form::unit) sums[1] = -teacher_mass;
+    if (Kind::kSeries) sums[0] -= 1 - teacher_mass;
+    if constexpr (Kind::kFinish) {
+      const Finished finished = Kind::finish(sums[0], sums[1], params);
+      sums[0] = finished.value;
+      weight *= Real(finished.factor);
+    }
+    if (broken) sums[0] = NAN, weight = NAN;
+    if (problem.stats != nullptr) write_statistics();
+    if (T::rank() == 0 && problem.value != nullptr) {
+      const Real value = Real(problem.factor * sums[0]);
+      problem.value[r] = problem.label_weight > 0
+                             ? Real(1 - problem.label_weight) * value +
+                                   Real(problem.label_weight) * label_value
+                             : value;
+    }
+    if (problem.gradient.data != nullptr) write_gradient<Kind>(Real(sums[1]));
+  }
+
+  template <class Kind>
+  __device__ Real slope_of(const Element<Real>& e, Real H) const {
+    return mul_add(-e.q, H, Kind::slope(Kind::adjusted(e, problem.params), problem.params)) * weight;
+  }
+
+  template <class Kind>
+  __device__ void write_gradient(Real H) {
+    char* row = row_of(problem.gradient, r);
+    const Dtype dtype = problem.gradient.dtype;
+    const bool aligned = Side::on_16_bytes(row, origin);
+    const auto write = [&](int64_t j, Real g, Real x) {
+      with_type(dtype, row, [&](auto* out) { narrow(with_cap(with_label(g, x, j), x), out[j]); });
+    };
+    Real factor = 0;  // of an unknown column's exponential
+    if (!even && !support_alone && rest_sum > 0)
+      factor = Real(double(slope_of<Kind>(rest_outcome(), H)) / rest_sum);
+    if (support_alone && broken) factor = NAN;
+    each_chunk([&](int, int64_t start) {
+      Real x[kSize], g[kSize];
+      student.load(start, x);
+      bool whole = true;
+      for (int i = 0; i < kSize; ++i) {
+        whole = whole && !is_known(start + i);
+        g[i] = even            ? slope_of<Kind>(element(x[i], log_rest), H)
+               : factor != 0 ? factor * fast_exp2((x[i] - rest_shift) * gain2)
+                               : Real(0);
+      }
+      if (whole) {
+        for (int i = 0; i < kSize; ++i) g[i] = with_cap(with_label(g[i], x[i], start + i), x[i]);
+        return store_chunk<In>(row, dtype, aligned, start, problem.vocab, g);
+      }
+      for (int i = 0; i < kSize; ++i)
+        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i))
+          write(start + i, g[i], x[i]);
+    });
+    each_known([&](int64_t i, int64_t j) {
+      const Real x = student.column(j);
+      write(j, slope_of<Kind>(element(x, log_p(i)), H), x);
+    });
+  }
+
+  __device__ void write_statistics() {
+    double sums[4] = {};  // acceptance, below, entropies
+    each_outcome([&](const Element<Real>& e) {
+      const bool below = e.q < e.p;
+      sums[0] += double(below ? e.q : e.p);
+      sums[1] += double(below ? e.q : Real(0));
+      if (even || support_alone) sums[2] += double(times(e.q, -e.lq));
+      sums[3] += double(times(e.p, -e.lp));
+    });
+    if (!even && !support_alone) {  // the student's is that of its columns
+      const auto add = [&](Real x) {
+        const Element<Real> e = element(x, log_rest);
+        sums[2] += double(times(e.q, -e.lq));
+      };
+      each_unknown([&](int64_t, Real x) { add(x); });
+      each_known([&](int64_t, int64_t j) { add(student.column(j)); });
+    }
+    T::reduce(sums, Add());
+    Real top[2] = {-INFINITY, -INFINITY};
+    each_known([&](int64_t i, int64_t j) {
+      top[0] = student.column(j) > top[0] ? student.column(j) : top[0];
+      top[1] = log_p(i) > top[1] ? log_p(i) : top[1];
+    });
+    if (even) top[1] = log_rest > top[1] ? log_rest : top[1];
+    if (!support_alone) top[0] = shift;
+    T::reduce(top, Largest());
+    int64_t first[2] = {-problem.vocab, -problem.vocab};  // negated: the largest is the first
+    const auto look = [&](int side, Real x, int64_t j) {
+      if (x == top[side] && -j > first[side]) first[side] = -j;
+    };
+    each_known([&](int64_t i, int64_t j) {
+      look(0, student.column(j), j);
+      look(1, log_p(i), j);
+    });
+    if (!support_alone) {
+      each_unknown([&](int64_t j, Real x) {
+        look(0, x, j);
+        if (even) look(1, log_rest, j);
+      });
+    }
+    T::reduce(first, Largest());
+    if (T::rank() != 0) return;
+    const Real values[kStats] = {Real(sums[0]),
+                                 Real(first[0] == first[1]),
+                                 Real(sums[2]),
+                                 Real(sums[3]),
+                                 Real(double(student.gain) * double(shift) + z_lse),
+                                 Real(t_lse),
+                                 Real(sums[1])};
+    for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];
+  }
+};
+
+template <class Real, class In, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) sparse_kernel(const Problem<Real> problem) {
+  SHARED_DYNAMIC(uint32_t, bits);
+  const int64_t r = blockIdx.x;
+  if (!prepare_row<kThreads>(problem, r)) return;
+  DeviceSparseRow<Real, In, kThreads> row(problem, r, bits);
+  row.weight = row_weight(problem, r) * Real((1 - problem.label_weight) * problem.factor) *
+               row.student.gain;
+  if (labelled(problem, r)) row.normalise();  // the label's own softmax
+  row.mark();
+  row.normalise_outcomes();
+  switch (problem.kind) {
+    case kSupportKL:
+      return row.template run<ForwardKL>();
+#define SH_CASE(number, Kind)                                           \
+  case number:                                                          \
+    if constexpr (kTakesSparse<Kind>) return row.template run<Kind>(); \
+    return;
+      SH_DIVERGENCE_KINDS(SH_CASE)
+#undef SH_CASE
+  }
+}
+
+}  // namespace stillhouse
