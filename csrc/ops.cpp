@@ -28,6 +28,9 @@ STILLHOUSE_LIBRARY(m) {
       "Tensor? labels, int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
       "Tensor? ids=None, int tail=0) "
       "-> (Tensor loss, Tensor stats)");
+  // float64 [6, ...], the numbers of csrc/divergence/state.h.
+  m.def(
+      "row_state(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask) -> Tensor");
   // The same with logits that are products hidden weight^T + bias, made by chunks of rows. Python
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
 #define SH_LINEAR                                                                              \

@@ -24,7 +24,9 @@ using SharedPointer = simt::Shared<T>;
   const ::simt::Shared<T> name = ::simt::shared_array<T>(SIMT_SITE, #name, n)
 // All that the launch asked for (Grid::shared), as one array.
 #define SHARED_DYNAMIC(T, name) const ::simt::Shared<T> name = ::simt::shared_dynamic<T>(SIMT_SITE)
+#define SH_NOINLINE __attribute__((noinline))
 #else
+#define SH_NOINLINE __noinline__  // which, as a macro, would spoil the host's headers
 template <class T>
 using SharedPointer = T*;
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]

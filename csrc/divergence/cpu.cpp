@@ -67,6 +67,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 #include "sorted.h"
 
+#include "states.h"
+
 void zero(char* row, int64_t from, int64_t to, int64_t size) {
   for (int64_t i = from * size; i < to * size; ++i) row[i] = 0;
 }
@@ -149,7 +151,8 @@ void scale(const Rows& rows, int64_t width, double factor, int64_t lo, int64_t h
 }  // namespace
 
 extern const DivergenceKernels divergence_kernels;
-const DivergenceKernels divergence_kernels = {rows<float>, rows<double>, scale, kShortLimit};
+const DivergenceKernels divergence_kernels = {rows<float>, rows<double>, states<float>,
+                                              states<double>, scale, kShortLimit};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

@@ -4,6 +4,7 @@
 #include "problem.h"
 #include "sorted.cuh"
 #include "sparse.cuh"
+#include "state.cuh"
 
 namespace stillhouse {
 namespace {
@@ -155,6 +156,13 @@ struct Cuda {
         SH_DIVERGENCE_KINDS(SH_CASE)
 #undef SH_CASE
     }
+  }
+
+  template <class Real>
+  static void states(const Problem<Real>& p, double* out, const Tensor& student) {
+    if (p.rows == 0) return;
+    Launcher launch(student);
+    launch("states", state_kernel<Real, 256>, Grid{p.rows, 256}, p, out);
   }
 
   template <class Real>

@@ -6,6 +6,7 @@
 #include "../core/rows.h"
 #include "kinds.h"
 #include "order.h"
+#include "state.h"
 
 namespace stillhouse {
 
@@ -138,6 +139,8 @@ SH_INLINE int64_t scratch_bytes(const Problem<Real>& problem) {
 struct DivergenceKernels {
   void (*f32)(const Problem<float>&, int64_t lo, int64_t hi, void* scratch);
   void (*f64)(const Problem<double>&, int64_t lo, int64_t hi, void* scratch);
+  void (*states_f32)(const Problem<float>&, double* out, int64_t lo, int64_t hi, void* scratch);
+  void (*states_f64)(const Problem<double>&, double* out, int64_t lo, int64_t hi, void* scratch);
   void (*scale)(const Rows&, int64_t width, double factor, int64_t lo, int64_t hi);
   int64_t short_limit;  // up to so many columns, kLanes rows at a time are faster than one
 };

@@ -66,6 +66,13 @@ void run(const Problem<double>& p, int64_t lo, int64_t hi, void* scratch) {
   kernels().f64(p, lo, hi, scratch);
 }
 
+void run_states(const Problem<float>& p, double* out, int64_t lo, int64_t hi, void* scratch) {
+  kernels().states_f32(p, out, lo, hi, scratch);
+}
+void run_states(const Problem<double>& p, double* out, int64_t lo, int64_t hi, void* scratch) {
+  kernels().states_f64(p, out, lo, hi, scratch);
+}
+
 struct Cpu {
   static Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(like, shape, dtype);
@@ -87,6 +94,14 @@ struct Cpu {
     const int64_t bytes = scratch_bytes(p);
     torch::stable::parallel_for(0, p.rows, 1 + 16384 / p.vocab, [&](int64_t lo, int64_t hi) {
       run(p, lo, hi, thread_scratch(bytes));
+    });
+  }
+
+  template <class Real>
+  static void states(const Problem<Real>& p, double* out, const Tensor&) {
+    const int64_t bytes = scratch_bytes(p);
+    torch::stable::parallel_for(0, p.rows, 1 + 16384 / p.vocab, [&](int64_t lo, int64_t hi) {
+      run_states(p, out, lo, hi, thread_scratch(bytes));
     });
   }
 

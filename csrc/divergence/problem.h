@@ -71,6 +71,8 @@ inline int64_t count_rows(const Tensor& x) {
   return n;
 }
 
+constexpr int64_t kOneSide = -1;  // no kind: the state of a row without a teacher
+
 struct Arguments {
   const Tensor& student;
   const MaybeTensor& teacher;
@@ -122,7 +124,8 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");
   STD_TORCH_CHECK(a.labels || !needs_labels(a.kind), "cross-entropy and DKD need labels");
-  STD_TORCH_CHECK(a.teacher || a.kind == kCrossEntropy, "a divergence needs a teacher");
+  STD_TORCH_CHECK(a.teacher || a.kind == kCrossEntropy || a.kind == kOneSide,
+                  "a divergence needs a teacher");
   p.kind = int32_t(a.kind);
   set_params(p.kind, numbers[kParameter], numbers[kSecondParameter], p.params);
   p.factor = numbers[kFactor];
@@ -181,9 +184,8 @@ struct DivergenceOps {
   }
 
   template <class Real>
-  static std::tuple<Tensor, Tensor> forward(const Arguments& a, const MaybeTensor& mask,
-                                            bool want_stats) {
-    std::vector<Tensor> hold;
+  static Problem<Real> make_masked(const Arguments& a, const MaybeTensor& mask,
+                                   std::vector<Tensor>& hold) {
     Problem<Real> p = make_problem<Real>(a, hold);
     if (mask) {
       hold.push_back(torch::stable::contiguous(*mask));
@@ -192,6 +194,25 @@ struct DivergenceOps {
           "mask must be one bool a row");
       p.mask = static_cast<const bool*>(hold.back().const_data_ptr());
     }
+    return p;
+  }
+
+  template <class Real>
+  static Tensor states_of(const Arguments& a, const MaybeTensor& mask) {
+    std::vector<Tensor> hold;
+    const Problem<Real> p = make_masked<Real>(a, mask, hold);
+    std::vector<int64_t> shape = leading_shape(a.student);
+    shape.insert(shape.begin(), kStateNumbers);
+    Tensor out = Backend::output(a.student, shape, ScalarType::Double);
+    Backend::states(p, static_cast<double*>(out.data_ptr()), a.student);
+    return out;
+  }
+
+  template <class Real>
+  static std::tuple<Tensor, Tensor> forward(const Arguments& a, const MaybeTensor& mask,
+                                            bool want_stats) {
+    std::vector<Tensor> hold;
+    Problem<Real> p = make_masked<Real>(a, mask, hold);
     Tensor value = Backend::output(a.student, leading_shape(a.student), real_type(Real()));
     Tensor stats = new_stats<Real>(a.student, want_stats);
     p.value = static_cast<Real*>(value.data_ptr());
@@ -283,12 +304,21 @@ struct DivergenceOps {
     return dispatch_gradient(a, weight, student, want_stats);
   }
 
+  static Tensor row_state(const Tensor& student, const MaybeTensor& teacher, const Tensor& numbers,
+                          const MaybeTensor& mask) {
+    const MaybeTensor none;
+    // Forward KL, or of one side what has no teacher; the kind itself is not computed.
+    const Arguments a{student, teacher, numbers, none, teacher ? 1 : kOneSide, -1, -1, none, 0};
+    return in_double(a) ? states_of<double>(a, mask) : states_of<float>(a, mask);
+  }
+
   template <class Library>
   static void register_ops(Library& m) {
     m.impl("divergence", TORCH_BOX(&DivergenceOps::divergence));
     m.impl("divergence_gradient", TORCH_BOX(&DivergenceOps::gradient));
     m.impl("divergence_loss", TORCH_BOX(&DivergenceOps::loss));
     m.impl("divergence_loss_", TORCH_BOX(&DivergenceOps::loss_));
+    m.impl("row_state", TORCH_BOX(&DivergenceOps::row_state));
   }
 };
 

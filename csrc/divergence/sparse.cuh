@@ -4,12 +4,59 @@
 //   1. maximum and sum of exponentials of what is not known
 //   2. the outcomes: value, slopes                  (over all columns, where each has a share of its own)
 //   3. the gradient, of a column that is not known a multiple of its exponential
-// All kinds are in one kernel: what depends on them is a loop over few outcomes.
+// All kinds are in one kernel, which calls a function for an outcome: there are few.
 #pragma once
 #include "normalised.cuh"
 #include "prepare.cuh"
 
 namespace stillhouse {
+
+// What a kind makes of an outcome, and of the sums over all.
+template <class Real>
+struct Outcome {
+  Real term, slope;
+};
+template <class Real>
+__device__ SH_NOINLINE Outcome<Real> outcome_of(int kind, const Element<Real>& e,
+                                                 const KindParams<Real>& params) {
+  switch (kind) {
+    case kSupportKL:
+      return {kind_term<ForwardKL>(e, params), ForwardKL::slope(e, params)};
+#define SH_CASE(number, Kind)                                                      \
+  case number:                                                                     \
+    if constexpr (kTakesSparse<Kind>) {                                            \
+      const auto adjusted = Kind::adjusted(e, params);                             \
+      return {kind_term<Kind>(adjusted, params), Kind::slope(adjusted, params)};   \
+    }                                                                              \
+    break;
+    SH_DIVERGENCE_KINDS(SH_CASE)
+#undef SH_CASE
+  }
+  return {};
+}
+
+// teacher_mass: 1, or less of a teacher whose sum that is.
+template <class Real>
+__device__ Finished finish_outcomes(int kind, double (&sums)[2], double teacher_mass,
+                                    const KindParams<Real>& params) {
+  const auto finish = [&](auto of_kind) -> Finished {
+    using Kind = decltype(of_kind);
+    if (Kind::kForm == Form::unit) sums[1] = -teacher_mass;
+    if (Kind::kSeries) sums[0] -= 1 - teacher_mass;
+    return Kind::finish(sums[0], sums[1], params);
+  };
+  switch (kind) {
+    case kSupportKL:
+      return finish(ForwardKL());
+#define SH_CASE(number, Kind)                                  \
+  case number:                                                 \
+    if constexpr (kTakesSparse<Kind>) return finish(Kind());   \
+    break;
+    SH_DIVERGENCE_KINDS(SH_CASE)
+#undef SH_CASE
+  }
+  return {};
+}
 
 template <class Real, class In, int kThreads>
 struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::nothing, false> {
@@ -171,23 +218,18 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     });
   }
 
-  template <class Kind>
   __device__ void run() {
     const KindParams<Real>& params = problem.params;
     double sums[2] = {};  // value, slope
     each_outcome([&](const Element<Real>& e) {
-      const auto adjusted = Kind::adjusted(e, params);
-      sums[0] += double(kind_term<Kind>(adjusted, params));
-      sums[1] += double(Kind::slope(adjusted, params));
+      const Outcome<Real> outcome = outcome_of(problem.kind, e, params);
+      sums[0] += double(outcome.term);
+      sums[1] += double(outcome.slope);
     });
     T::reduce(sums, Add());
-    if (Kind::kForm == Form::unit) sums[1] = -teacher_mass;
-    if (Kind::kSeries) sums[0] -= 1 - teacher_mass;
-    if constexpr (Kind::kFinish) {
-      const Finished finished = Kind::finish(sums[0], sums[1], params);
-      sums[0] = finished.value;
-      weight *= Real(finished.factor);
-    }
+    const Finished finished = finish_outcomes(problem.kind, sums, teacher_mass, params);
+    sums[0] = finished.value;
+    weight *= Real(finished.factor);
     if (broken) sums[0] = NAN, weight = NAN;
     if (problem.stats != nullptr) write_statistics();
     if (T::rank() == 0 && problem.value != nullptr) {
@@ -197,15 +239,13 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
                                    Real(problem.label_weight) * label_value
                              : value;
     }
-    if (problem.gradient.data != nullptr) write_gradient<Kind>(Real(sums[1]));
+    if (problem.gradient.data != nullptr) write_gradient(Real(sums[1]));
   }
 
-  template <class Kind>
   __device__ Real slope_of(const Element<Real>& e, Real H) const {
-    return mul_add(-e.q, H, Kind::slope(Kind::adjusted(e, problem.params), problem.params)) * weight;
+    return mul_add(-e.q, H, outcome_of(problem.kind, e, problem.params).slope) * weight;
   }
 
-  template <class Kind>
   __device__ void write_gradient(Real H) {
     char* row = row_of(problem.gradient, r);
     const Dtype dtype = problem.gradient.dtype;
@@ -215,7 +255,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     };
     Real factor = 0;  // of an unknown column's exponential
     if (!even && !support_alone && rest_sum > 0)
-      factor = Real(double(slope_of<Kind>(rest_outcome(), H)) / rest_sum);
+      factor = Real(double(slope_of(rest_outcome(), H)) / rest_sum);
     if (support_alone && broken) factor = NAN;
     each_chunk([&](int, int64_t start) {
       Real x[kSize], g[kSize];
@@ -223,7 +263,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       bool whole = true;
       for (int i = 0; i < kSize; ++i) {
         whole = whole && !is_known(start + i);
-        g[i] = even            ? slope_of<Kind>(element(x[i], log_rest), H)
+        g[i] = even            ? slope_of(element(x[i], log_rest), H)
                : factor != 0 ? factor * fast_exp2((x[i] - rest_shift) * gain2)
                                : Real(0);
       }
@@ -237,7 +277,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     });
     each_known([&](int64_t i, int64_t j) {
       const Real x = student.column(j);
-      write(j, slope_of<Kind>(element(x, log_p(i)), H), x);
+      write(j, slope_of(element(x, log_p(i)), H), x);
     });
   }
 
@@ -305,16 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_kernel(const Problem<Real>
   if (labelled(problem, r)) row.normalise();  // the label's own softmax
   row.mark();
   row.normalise_outcomes();
-  switch (problem.kind) {
-    case kSupportKL:
-      return row.template run<ForwardKL>();
-#define SH_CASE(number, Kind)                                           \
-  case number:                                                          \
-    if constexpr (kTakesSparse<Kind>) return row.template run<Kind>(); \
-    return;
-      SH_DIVERGENCE_KINDS(SH_CASE)
-#undef SH_CASE
-  }
+  row.run();
 }
 
 }  // namespace stillhouse

@@ -32,6 +32,7 @@ from .kinds import (
     as_kind,
 )
 from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
+from .row_state import RowState, merge_row_states, row_state
 from .sparse_teacher import SparseTeacher
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "MSELogits",
     "Renyi",
     "ReverseKL",
+    "RowState",
     "SkewKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
@@ -70,4 +72,6 @@ __all__ = [
     "divergence_loss",
     "linear_divergence",
     "linear_divergence_loss",
+    "merge_row_states",
+    "row_state",
 ]

@@ -1,13 +1,15 @@
-"""Logits of the supervised rows only, from any causal language model's own forward."""
+"""The supervised rows of any causal language model, and a loss over them in its own forward."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse.train.head import PROBE, Head, transform_of
 from stillhouse.train.objective import LogitRows
 from stillhouse.train.rows import RowIndex
 
@@ -16,12 +18,14 @@ OURS = ("labels", "record", "denominator", "vocab_size")
 
 
 class RowForward:
-    """Makes a causal LM compute its output head for chosen rows instead of for every token.
+    """Runs a causal LM up to its output head, and what is to be made of the rows there instead of it.
 
-    A hook in front of the output head replaces hidden [B, T, H] by the rows [N, H], so the model's
-    own head, soft-cap and scale give logits [N, V]. It sits inside the model's forward, where
-    data-parallel wrappers, sharded weights, adapters and autocast have already done their part.
-    Without a selection the model is untouched: generation and other callers see the usual logits.
+    While it runs, something else stands in for the head's forward: it gets hidden [B, T, H], takes the
+    supervised rows [N, H] and calls `compute(rows)`. That is inside the model's own forward, where
+    data-parallel wrappers, sharded weights and autocast have already done their part, and no logits
+    have to exist. What the model does to logits afterwards (a scale, a soft-cap) is found out once,
+    by sending numbers through it; a model that does anything else computes its logits as usual, and
+    says so. Between calls the model is untouched.
 
     Raises ValueError for a model without an output head.
     """
@@ -33,48 +37,152 @@ class RowForward:
                 f"{type(model).__name__} has no output head: a causal language model is needed"
             )
         self.head = head
-        self.rows: Tensor | None = None
-        self.hidden: Tensor | None = None
-        self._hook = head.register_forward_pre_hook(self._select)
-
-    def close(self) -> None:
-        """Take the hook off again."""
-        self._hook.remove()
-
-    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.rows is None:
-            return None
-        hidden = args[0]
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])[self.rows]
-        return (self.hidden, *args[1:])
+        self._looked = False
+        self._known: Head | None = None  # None: something unknown happens to the logits
 
     def __call__(
-        self, model: nn.Module, batch: Mapping[str, Any], index: RowIndex, **options: Any
-    ) -> LogitRows:
-        """The rows `index` of `model`'s forward; `model` may wrap the one given at first.
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        index: RowIndex,
+        compute: Callable[[LogitRows], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """`compute` of the rows `index` of `model`'s forward, or these rows themselves.
 
-        `batch` is the language-model batch, `options` go to the forward.
+        `model` may wrap the one given at first; `batch` is the language-model batch, `options` go to
+        the forward. A dict with a "loss" passes it through the model's output, for wrappers that look
+        there for what has a gradient.
         """
         inputs = {name: value for name, value in batch.items() if name not in OURS}
-        self.rows, self.hidden = index.row, None
+        # The forward is asked for no cache: it would hold every layer's keys for nothing.
+        options["use_cache"] = False
+        if not self._looked:
+            self._known, self._looked = self._look(model, inputs, options), True
+        if self._known is None:
+            return self._outside(model, inputs, index, compute, options)
+        result: list[Any] = []
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            hidden = hidden.reshape(-1, hidden.shape[-1])[index.row]
+            result.append(LogitRows(None, index, hidden, self._known))
+            if compute is None:
+                return hidden.new_zeros(1, 1, 1)
+            result[0] = compute(result[0])
+            return _Leave.apply(_loss_of(result[0]), self._known.scale)
+
+        output = self._run(model, inputs, options, stand_in)
+        if not result:
+            raise _goes_round(model)
+        if compute is None:
+            result[0].hidden_states = getattr(output, "hidden_states", None)
+        elif isinstance(result[0], dict) and "loss" in result[0]:
+            result[0]["loss"] = _Return.apply(output.logits, result[0]["loss"].detach())
+        return result[0]
+
+    def _run(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        stand_in: Callable[[Tensor], Tensor],
+    ) -> Any:
+        before = self.head.__dict__.get("forward")
+        self.head.forward = stand_in
         try:
-            # The forward is asked for no cache: it would hold every layer's keys for nothing.
-            output = model(**inputs, use_cache=False, **options)
+            return model(**inputs, **options)
         finally:
-            self.rows = None
-        if self.hidden is None:
-            raise ValueError(
-                f"{type(model).__name__} did not call its output head: "
-                "models that compute logits without it are not supported"
+            del self.head.forward
+            if before is not None:
+                self.head.forward = before
+
+    def _look(
+        self, model: nn.Module, inputs: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Head | None:
+        """The head, with what one token's forward shows of the logits' way out."""
+        called, own = [], self.head.forward
+        ids = inputs["input_ids"][:1, :1]
+        probe = torch.tensor(PROBE, device=ids.device).view(1, 1, -1)
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            called.append(True)
+            return probe
+
+        devices = [ids.device] if ids.is_cuda else []
+        # The run's random numbers are those that it would have without us.
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            seen = self._run(model, {"input_ids": ids}, options, stand_in)
+        if not called:
+            raise _goes_round(model)
+        found = transform_of(probe, getattr(seen, "logits", seen))
+        if found is None:
+            warnings.warn(
+                f"{type(model).__name__} does more to its logits than a scale and a soft-cap: they "
+                "are computed whole for the supervised rows, with the memory that takes",
+                stacklevel=4,
             )
-        hidden, self.hidden = self.hidden, None
-        return LogitRows(
-            logits=output.logits,
-            index=index,
-            hidden=hidden,
-            head=self.head,
-            hidden_states=output.hidden_states if options.get("output_hidden_states") else None,
-        )
+            return None
+        return Head(self.head, own, *found)
+
+    def _outside(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        index: RowIndex,
+        compute: Callable[[LogitRows], Any] | None,
+        options: Mapping[str, Any],
+    ) -> Any:
+        """The model's logits of the rows, whatever it does to them."""
+        seen, own = [], self.head.forward
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            seen.append(hidden.reshape(-1, hidden.shape[-1])[index.row])
+            return own(seen[0])
+
+        output = self._run(model, inputs, options, stand_in)
+        states = getattr(output, "hidden_states", None)
+        rows = LogitRows(output.logits, index, seen[0], hidden_states=states)
+        return rows if compute is None else compute(rows)
+
+
+def _goes_round(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} did not call its output head: models that compute logits without "
+        "it are not supported"
+    )
+
+
+def _loss_of(result: Any) -> Tensor:
+    if isinstance(result, dict) and "loss" in result:
+        return result["loss"]
+    return result if isinstance(result, Tensor) else torch.zeros(())
+
+
+class _Leave(torch.autograd.Function):
+    """A 0 that goes through the model instead of the loss, which may be anything, and brings its
+    gradient back: where the model multiplies by `scale`, undone here."""
+
+    @staticmethod
+    def forward(ctx, loss, scale):
+        ctx.scale, ctx.like = scale, loss
+        return loss.new_zeros(1, 1, 1, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return (upstream.sum() / ctx.scale).to(ctx.like.dtype), None
+
+
+class _Return(torch.autograd.Function):
+    """The loss again, on the far side."""
+
+    @staticmethod
+    def forward(ctx, way, loss):
+        ctx.shape, ctx.dtype = way.shape, way.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.to(ctx.dtype).expand(ctx.shape), None
 
 
 class FrozenTeacher:

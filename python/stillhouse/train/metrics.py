@@ -23,6 +23,10 @@ COLUMNS = (
 )
 
 
+# Rows whose logits exist at a time.
+ROWS = 256
+
+
 @torch.no_grad()
 def sequence_sums(
     student: LogitRows,
@@ -35,15 +39,24 @@ def sequence_sums(
 
     `nll` is -log q(target). Without a reference its columns are NaN.
     """
-    target = student.index.target
+    result = torch.zeros(sequences, len(COLUMNS), device=student.index.row.device)
+    for start in range(0, len(student), ROWS):
+        rows = slice(start, start + ROWS)
+        part = student.part(rows)
+        other = None if reference is None else reference.part(rows)
+        result.index_add_(0, part.index.sequence, _row_columns(part, other, vocab_size))
+    return result
+
+
+def _row_columns(student: LogitRows, reference: LogitRows | None, vocab_size: int | None) -> Tensor:
+    """`COLUMNS` of each row, [N, 7]."""
+    target, logits = student.index.target, student.logits
     if reference is None:
-        nll = ops.divergence(
-            student.logits, None, "cross_entropy", labels=target, vocab_size=vocab_size
-        )
+        nll = ops.divergence(logits, None, "cross_entropy", labels=target, vocab_size=vocab_size)
         missing = torch.full_like(nll, math.nan)
         columns = [torch.ones_like(nll), nll, *[missing] * (len(COLUMNS) - 2)]
     else:
-        pair = student.logits, reference.logits
+        pair = logits, reference.logits
         forward_kl, stats = ops.divergence(
             *pair, "forward_kl", vocab_size=vocab_size, return_stats=True
         )
@@ -58,8 +71,7 @@ def sequence_sums(
             stats.acceptance,
             stats.agreement,
         ]
-    rows = torch.stack(columns, dim=1).float()
-    return rows.new_zeros(sequences, len(COLUMNS)).index_add(0, student.index.sequence, rows)
+    return torch.stack(columns, dim=1).float()
 
 
 def summarize(sums: Any) -> dict[str, float]:

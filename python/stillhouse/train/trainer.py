@@ -19,7 +19,7 @@ from stillhouse.train.clock import Clock
 from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
 from stillhouse.train.metrics import sequence_sums, summarize
-from stillhouse.train.objective import Objective
+from stillhouse.train.objective import LogitRows, Objective
 from stillhouse.train.progress import Progress
 from stillhouse.train.rows import RowIndex, supervised_rows
 from stillhouse.train.statistics import StepStatistics
@@ -32,7 +32,8 @@ class NonFiniteLoss(ValueError):
 class DistillTrainer(Trainer):
     """Trains `model` (any causal LM, a peft one included) to minimise `objective`.
 
-    `objective(student, teacher, batch)` sees the logits of the supervised rows only. `teacher` is
+    `objective(student, teacher, batch)` sees the supervised rows only, and makes no logits of theirs
+    that it does not need: a divergence takes chunks of them. `teacher` is
     a causal LM with the same vocabulary; it is put on the training device and never trained. An
     objective that needs none may do without, or keep one for the evaluation. `vocab_size` leaves
     padded columns out. Everything else, keyword arguments included, is `transformers.Trainer`:
@@ -112,9 +113,12 @@ class DistillTrainer(Trainer):
         batch["denominator"] = count.clamp(min=1)
         with self.clock.measure("teacher"):
             teacher = self.teacher(batch, index) if self.needs_teacher else None
-        student = self.student_rows(model, batch, index)
-        with self.clock.measure("loss"):
-            parts = self.objective(student, teacher, batch)
+
+        def compute(student: LogitRows) -> dict[str, Tensor]:
+            with self.clock.measure("loss"):
+                return self.objective(student, teacher, batch)
+
+        parts = self.student_rows(model, batch, index, compute)
         self._require_finite(parts["loss"], batch.get("record"))
         self.statistics.add(parts, index.row.numel())
         return (parts["loss"], parts) if return_outputs else parts["loss"]
@@ -133,10 +137,14 @@ class DistillTrainer(Trainer):
         """Sums of each sequence instead of [B, T, V] logits; `_summary` makes them metrics."""
         with torch.no_grad():
             batch, index = self._prepare(self._prepare_inputs(inputs))
-            student = self.student_rows(model, batch, index)
             teacher = self.teacher(batch, index) if self.teacher else None
             count = len(batch["labels"])
-            sums = sequence_sums(student, teacher, count, vocab_size=self.vocab_size)
+            sums = self.student_rows(
+                model,
+                batch,
+                index,
+                lambda rows: sequence_sums(rows, teacher, count, vocab_size=self.vocab_size),
+            )
         # The Trainer computes metrics only where there are labels; the numbers of tokens will do.
         return None, sums, sums[:, 0]
 
@@ -180,8 +188,8 @@ class DistillTrainer(Trainer):
 
     def seconds(self) -> dict[str, float]:
         """Training time of the whole run, interruptions left out: `teacher`, `student` (forward
-        and backward), `loss`, `rest` (optimiser, data) and `total`, without evaluation and
-        checkpoints."""
+        and backward), `loss` (the output heads included), `rest` (optimiser, data) and `total`,
+        without evaluation and checkpoints."""
         measured = self.clock.seconds()
         total, steps = measured.get("total", 0.0), measured.get("micro_steps", 0.0)
         teacher, loss = measured.get("teacher", 0.0), measured.get("loss", 0.0)

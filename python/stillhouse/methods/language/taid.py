@@ -134,16 +134,16 @@ class TAIDLoss(DivergenceObjective):
     def __call__(
         self, student: LogitRows, teacher: LogitRows, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        # Copied first: in training the loss writes its gradient over the student's logits.
-        stride = -(-len(student.logits) // REPORTED_ROWS) or 1
-        sample = student.logits.detach()[::stride].clone()
+        # Copied first: the loss may write its gradient over logits that the rows were given.
+        sampled = slice(None, None, -(-len(student) // REPORTED_ROWS) or 1)
+        with torch.no_grad():
+            rows = student.part(sampled).logits.clone(), teacher.part(sampled).logits
         loss = super().__call__(student, teacher, batch)["loss"]
         options = {
             "temperature": self.temperature,
             "vocab_size": batch.get("vocab_size"),
             "return_stats": True,
         }
-        rows = sample, teacher.logits[::stride]
         # In the loss's own pass the target stands in the teacher's place: its statistics give the
         # target's entropy, those of any other kind compare with the teacher itself.
         cross_entropy, to_target = ops.divergence(*rows, self.kind, **options)
