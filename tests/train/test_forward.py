@@ -1,10 +1,14 @@
-"""Logits of the supervised rows equal those rows of the model's plain forward."""
+"""The supervised rows, and losses of them, equal those of the model's plain forward."""
+
+import copy
 
 import pytest
 import torch
 
+from stillhouse import ops
 from stillhouse.train import LogitRows, row_divergence, row_loss, supervised_rows
 from stillhouse.train.forward import FrozenTeacher, RowForward
+from stillhouse.train.head import PROBE, transform_of
 
 
 def gemma2(sizes):
@@ -47,17 +51,20 @@ def check(model, batch):
 
 def test_llama(llama, batch):
     model = llama()
-    rows = check(model, batch)
-    torch.testing.assert_close(rows.head(rows.hidden), rows.logits)
+    head = check(model, batch).head
+    assert (head.scale, head.softcap) == (1, None)
+    assert head.linear() == (model.lm_head.weight, None)
 
 
 def test_soft_cap(sizes, batch):
     rows = check(gemma2(sizes), batch)
     assert rows.logits.abs().max() <= 2
+    assert (rows.head.scale, rows.head.softcap) == (1, 2)
 
 
 def test_logit_scale(sizes, batch):
-    check(cohere(sizes), batch)
+    head = check(cohere(sizes), batch).head
+    assert (head.scale, head.softcap) == (0.25, None)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
@@ -79,34 +86,136 @@ def test_smollm2(batch):
     check(load_model(str(path), "float32").eval(), batch)
 
 
-def test_gradient_is_that_of_the_full_logits(llama, batch):
-    """The loss form, in place over the rows, against float64 torch on all of [B, T, V]."""
-    teacher, model, plain = llama(3, seed=1), llama(), llama().double()
+def llama_of(sizes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**sizes, num_hidden_layers=2)
+    config.initializer_range = 0.3
+    return LlamaForCausalLM(config).eval()
+
+
+def shifting(sizes):
+    """A model that does to its logits what nobody knows."""
+    model = llama_of(sizes)
+    plain = model.forward
+    # Not only a scale and a cap: it depends on the column.
+    shift = torch.linspace(-1, 1, sizes["vocab_size"])
+
+    class Shifting(type(model)):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = output.logits + shift[: output.logits.shape[-1]]
+            return output
+
+    model.__class__ = Shifting
+    assert plain is not model.forward
+    return model
+
+
+def with_adapters(sizes):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return peft.get_peft_model(llama_of(sizes), config).eval()
+
+
+MODELS = [llama_of, gemma2, cohere, with_adapters, shifting]
+
+
+@pytest.mark.filterwarnings("ignore:.*more to its logits")
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
+def test_gradient_is_that_of_the_full_logits(make, sizes, batch):
+    """The loss inside the forward against float64 torch on all of [B, T, V]."""
+    torch.manual_seed(0)
+    teacher, model = make(sizes), make(sizes)
+    plain = copy.deepcopy(model).double()
     index = supervised_rows(batch["labels"])
-    loss, _ = row_loss(
-        RowForward(model)(model, batch, index),
-        FrozenTeacher(teacher)(batch, index),
-        "forward_kl",
-        {"denominator": 10},
-        label_weight=0.25,
-    )
-    loss.backward()
+    rows = FrozenTeacher(teacher)(batch, index)
+
+    def compute(student):
+        loss, stats = row_loss(student, rows, "jsd", {"denominator": 10}, label_weight=0.25)
+        return {"loss": loss, "acceptance": stats.acceptance.mean()}
+
+    parts = RowForward(model)(model, batch, index, compute)
+    (3 * parts["loss"]).backward()
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        target = teacher.double()(**inputs).logits[:, :-1].log_softmax(-1)
-    ours = plain(**inputs).logits[:, :-1].log_softmax(-1)
+        p = teacher.double()(**inputs).logits[:, :-1].softmax(-1)
+    log_q = plain(**inputs).logits[:, :-1].log_softmax(-1)
+    log_m = ((p + log_q.exp()) / 2).log()
     labels = batch["labels"][:, 1:]
     kept = labels != -100
-    kl = (target.exp() * (target - ours)).sum(-1)
-    nll = -ours.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    expected = (0.75 * kl + 0.25 * nll)[kept].sum() / 10
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    jsd = (p * (p.log() - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+    nll = -log_q.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    expected = (0.75 * jsd + 0.25 * nll)[kept].sum() / 10
+    (3 * expected).backward()
+    assert parts["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    acceptance = torch.minimum(p, log_q.exp()).sum(-1)[kept].mean().item()
+    assert parts["acceptance"].item() == pytest.approx(acceptance, rel=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None
+            continue
         torch.testing.assert_close(
             ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_unknown_logits_are_said_to_be_computed_whole(sizes, batch):
+    model = shifting(sizes)
+    with pytest.warns(UserWarning, match="Shifting does more to its logits"):
+        rows = RowForward(model)(model, batch, supervised_rows(batch["labels"]))
+    assert rows.head is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125, 0.3])
+@pytest.mark.parametrize("cap", [None, 30.0, 2.5])
+def test_what_happens_to_logits_is_found_out(scale, cap):
+    probe = torch.tensor(PROBE)
+    seen = scale * probe if cap is None else cap * torch.tanh(scale * probe / cap)
+    assert transform_of(probe, seen) == (pytest.approx(scale), cap and pytest.approx(cap))
+    assert transform_of(probe, seen + 0.1) is None
+    assert transform_of(probe, seen.bfloat16()) is None
+    assert transform_of(probe, seen[:3]) is None
+    assert transform_of(probe, probe.relu()) is None
+
+
+def test_the_loss_needs_no_logits(llama, batch):
+    model, index = llama(vocab_size=20_011), supervised_rows(batch["labels"])
+    teacher = FrozenTeacher(llama(3, vocab_size=20_011, seed=1))
+    forward = RowForward(model)
+
+    def step():
+        def compute(student):
+            return {"loss": row_loss(student, teacher(batch, index), "jsd", {})[0]}
+
+        forward(model, batch, index, compute)["loss"].backward()
+
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    sizes = {abs(event.cpu_memory_usage) for event in profile.events()}
+    logits = len(index.row) * 20_011 * 4
+    assert logits not in sizes
+    assert max(sizes) >= 20_011 * 32 * 4  # the head's gradient: the measurement sees such sizes
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_no_number_comes_out_as_it_is(llama, batch, value):
+    model, index = llama(), supervised_rows(batch["labels"])
+    parts = RowForward(model)(
+        model, batch, index, lambda rows: {"loss": rows.hidden.sum() * 0 + value}
+    )
+    torch.testing.assert_close(parts["loss"], torch.tensor(value), equal_nan=True)
+
+
+def test_random_numbers_are_those_of_the_plain_run(llama, batch):
+    model, index = llama(attention_dropout=0.5).train(), supervised_rows(batch["labels"])
+    forward = RowForward(model)
+    torch.manual_seed(1)
+    first = forward(model, batch, index).hidden
+    torch.manual_seed(1)
+    torch.testing.assert_close(forward(model, batch, index).hidden, first, rtol=0, atol=0)
 
 
 def test_a_teacher_is_frozen(llama, batch):
@@ -139,3 +248,16 @@ def test_rows_of_unlike_batches_are_refused(llama, batch):
     shorter = LogitRows(torch.zeros(2, 5), type(index)(*(each[:2] for each in index)))
     with pytest.raises(ValueError, match="supervised rows"):
         row_divergence(rows, shorter)
+
+
+def test_a_sparse_teacher_takes_the_place_of_rows(llama, batch):
+    model, index = llama(), supervised_rows(batch["labels"])
+    rows = RowForward(model)(model, batch, index)
+    t = torch.randn(len(index.row), 259)
+    sparse = ops.SparseTeacher.from_logits(t, k=259)
+    torch.testing.assert_close(
+        row_divergence(rows, sparse, "forward_kl"),
+        row_divergence(rows, LogitRows(t, index), "forward_kl"),
+        rtol=1e-5,
+        atol=1e-6,
+    )
