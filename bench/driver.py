@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from . import divergence, kinds, linear, machine, measure
+from . import divergence, kinds, linear, machine, measure, sparse, step
 from .grid import Cell
 
-FAMILIES = {family.NAME: family for family in (divergence, kinds, linear)}
+FAMILIES = {family.NAME: family for family in (divergence, kinds, linear, sparse, step)}
 CELL = ("family", "kind", "form", "dtype", "rows", "columns", "provider")
 RESULT = ("median_ms", "quarter_ms", "three_quarters_ms", "rounds", "extra_mib", "note")
 CONTEXT = ("machine", "cpu", "level", "threads", "torch", "stillhouse", "date")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import divergence
 from .divergence import DTYPES, FLOOR, KINDS, OURS, PLAIN
 from .grid import Cell, Provider
 from .measure import seconds_of
@@ -115,9 +114,7 @@ class Step:
 
     def __call__(self, inputs: Inputs) -> float:
         """Seconds taken; the gradients are freed afterwards."""
-        seconds, _ = seconds_of(
-            lambda: self.function(inputs).backward(self.upstream), self.device
-        )
+        seconds, _ = seconds_of(lambda: self.function(inputs).backward(self.upstream), self.device)
         for leaf in inputs.leaves:
             leaf.grad = None
         return seconds

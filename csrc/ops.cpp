@@ -29,13 +29,12 @@ STILLHOUSE_LIBRARY(m) {
       "Tensor? ids=None, int tail=0) "
       "-> (Tensor loss, Tensor stats)");
   // float64 [6, ...], the numbers of csrc/divergence/state.h.
-  m.def(
-      "row_state(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask) -> Tensor");
+  m.def("row_state(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask) -> Tensor");
   // The same with logits that are products hidden weight^T + bias, made by chunks of rows. Python
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
-#define SH_LINEAR                                                                              \
-  "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, "      \
-  "Tensor? teacher_bias, Tensor? ids, Tensor numbers, Tensor? labels, Tensor? counted, "       \
+#define SH_LINEAR                                                                         \
+  "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, " \
+  "Tensor? teacher_bias, Tensor? ids, Tensor numbers, Tensor? labels, Tensor? counted, "  \
   "int kind, int tail, int vocab, ScalarType? product, int chunk_rows, "
   m.def("linear_divergence(" SH_LINEAR
         "bool want_stats, bool want_hidden) -> (Tensor value, Tensor stats, Tensor d_hidden)");

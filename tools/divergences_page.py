@@ -201,6 +201,13 @@ ROWS = (
         "standardised logits; the expressions are those at T = 1.",
     ),
     Row(
+        ops.SupportKL(),
+        "kl(support(p), support(q))",
+        "support(q) - support(p)",
+        used_by="Minitron's top-k loss, alignment losses over a few classes",
+        note="support(x) is x where the teacher is known, with sum 1 there, and 0 elsewhere.",
+    ),
+    Row(
         ops.CrossEntropy(0.1),
         "-(1 - label_smoothing) * lq_y - label_smoothing * mean(lq)",
         "q - (1 - label_smoothing) * hot - label_smoothing / V",
@@ -253,6 +260,42 @@ COMMON = """## What holds for all of them
 """
 
 
+SPARSE = """## Sparse teachers
+
+`ops.SparseTeacher` knows the probabilities p of some columns S, and by its `tail` what is taken to
+be so of the others; r is what p leaves of 1, q_r what the student has outside S:
+
+| tail | outcomes that are compared | of forward KL: value | gradient in S | elsewhere |
+|---|---|---|---|---|
+| `bucket` | S, the others as one | sum_S p log(p / q) + r log(r / q_r) | q - p | q (1 - r / q_r) |
+| `renormalize` | the same, p scaled to sum 1 and r = 0 | sum_S p log(p / q) | q - p | q |
+| `uniform` | all columns, r / (V - k) in each other one | sum p log(p / q) | q - p | q - p |
+| `drop` | S, p as it is | sum_S p log(p / q) | (1 - r) q - p | (1 - r) q |
+
+q is the student's softmax over all columns in each of them. Other kinds go the same way: a kind h
+of the outcomes has the gradient h - q H in S, and outside it G_r q / q_r with the gradient G_r of
+the last outcome. q_r is summed over its own columns (1 - sum_S q would be 0 where it is small).
+
+| kind | tails |
+|---|---|
+{tails}
+
+Outcomes that are coarser are never further apart: a divergence with "bucket" is at most the one of
+whole rows. "renormalize" wants q_r = 0, which is not what the teacher said; `SparseTeacher.sample`
+is the unbiased way to a sparse teacher (its tail is "drop", with r = 0).
+"""
+
+
+def sparse() -> str:
+    """Sparse teachers, with the tails of each kind."""
+    rows = [
+        f"| `{name}` | {', '.join(kind.sparse_tails)} |"
+        for name, kind in ops.KINDS.items()
+        if kind.sparse_tails
+    ]
+    return SPARSE.format(tails="\n".join(rows))
+
+
 def domain(kind: type[ops.Kind]) -> str:
     """Parameters with their defaults."""
     parts = []
@@ -303,7 +346,7 @@ def page() -> str:
         mark = f" ({row.kind.of})" if isinstance(row.kind, ops.MSELogits) else ""
         cells = (f"`{name}`{mark}", f"`{row.value}`", f"`{row.gradient}`", teacher_gradient(kind))
         table.append("| " + " | ".join(cells) + " |")
-    parts = [HEAD, "\n".join(table) + "\n", PICTURE, COMMON, "## One by one\n"]
+    parts = [HEAD, "\n".join(table) + "\n", PICTURE, COMMON, sparse(), "## One by one\n"]
     return "\n".join([*parts, *(section(row) for row in ROWS)])
 
 
@@ -320,7 +363,9 @@ def draw() -> None:
     figure = Figure(figsize=(11, 9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(5, 5, sharex=True, sharey=True).flat
-    for axis, row in zip(axes, ROWS, strict=True):
+    # Of two known columns SupportKL would be forward KL.
+    shown = [row for row in ROWS if not isinstance(row.kind, ops.SupportKL)]
+    for axis, row in zip(axes, shown, strict=True):
         value = ops.divergence(
             z,
             p.log().expand_as(z) if row.kind.needs_teacher else None,

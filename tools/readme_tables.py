@@ -1,7 +1,7 @@
 """Write the measured tables of README.md from bench/results.csv, or `--check` that they agree.
 
 Everything between `<!-- measured: NAME -->` and `<!-- end -->` is generated; NAME is a form of the
-divergence family, or `kinds`. All cells of the CSV are shown, those where we lose in bold.
+divergence family, or another family. All cells of the CSV are shown, those where we lose in bold.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,38 +72,106 @@ def tables(form: str, rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Nothing has been measured yet.\n"
 
 
-def kinds(rows: list[dict[str, str]]) -> str:
-    """Every kind beside forward KL and beside its eager form."""
-    places: dict[tuple, dict[str, dict]] = defaultdict(lambda: defaultdict(dict))
+def by_place(rows: list[dict[str, str]], family: str, make: Callable[..., list[str]]) -> str:
+    """A table for each machine and torch: `make` gives the lines of one from its rows."""
+    places: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        if row["family"] == "kinds" and row["median_ms"]:
-            cell = places[context(row)][row["kind"]].setdefault((row["form"], row["dtype"]), {})
-            cell[row["provider"]] = row
+        if row["family"] == family and row["median_ms"]:
+            places[context(row)].append(row)
     parts = []
     for (machine, cpu, level, threads, torch), found in places.items():
-        every = [r for cells in found.values() for cell in cells.values() for r in cell.values()]
-        columns = sorted({key for cells in found.values() for key in cells})
-        shape = f"{every[0]['rows']} x {every[0]['columns']}"
-        days = sorted({row["date"] for row in every})
+        days = sorted({row["date"] for row in found})
         when = " to ".join(dict.fromkeys([days[0], days[-1]]))
-        title = f"{cpu} ({level}), {machine}, {threads} threads, torch {torch}, {shape}, {when}"
-        heads = [f"{form} {dtype}" for form, dtype in columns]
-        lines = ["| " + " | ".join(["kind", *heads]) + " |", "|" + "---|" * (len(heads) + 1)]
-        for kind in sorted(found):
+        title = f"{cpu} ({level}), {machine}, {threads} threads, torch {torch}"
+        parts.append("\n".join([f"{title}, {when}:", "", *make(found)]))
+    return "\n\n".join(parts) + "\n" if parts else "Nothing has been measured yet.\n"
+
+
+def markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    """Lines of a table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
+
+
+def by_cell(rows: list[dict], *names: str) -> dict[tuple, dict[str, dict]]:
+    """Providers' rows of each cell, in the order of these columns."""
+    cells: dict[tuple, dict] = defaultdict(dict)
+    for row in rows:
+        key = tuple(int(row[n]) if row[n].isdigit() else row[n] for n in names)
+        cells[key][row["provider"]] = row
+    return {key: cells[key] for key in sorted(cells)}
+
+
+def medians(cell: dict[str, dict]) -> dict[str, float]:
+    """Milliseconds of each provider."""
+    return {name: float(row["median_ms"]) for name, row in cell.items()}
+
+
+def against(baselines: tuple[str, ...], under: str) -> Callable[..., list[str]]:
+    """Kinds by form and dtype: our time as a multiple of `under`'s, then how many times as fast as
+    the baseline it is."""
+
+    def make(rows: list[dict]) -> list[str]:
+        columns = sorted({(row["form"], row["dtype"]) for row in rows})
+        found = by_cell(rows, "kind", "form", "dtype")
+        body = []
+        for kind in sorted({key[0] for key in found}):
             cells = []
             for column in columns:
-                cell = found[kind].get(column, {})
-                median = {name: float(row["median_ms"]) for name, row in cell.items()}
-                if {OURS, "forward_kl", "eager"} <= median.keys():
-                    ours = median[OURS]
-                    cells.append(
-                        f"{ours / median['forward_kl']:.2f}, {times(median['eager'] / ours)}"
-                    )
-                else:
+                ms = medians(found.get((kind, *column), {}))
+                if not {OURS, under, *baselines} <= ms.keys():
                     cells.append("")
-            lines.append("| " + " | ".join([f"`{kind}`", *cells]) + " |")
-        parts.append("\n".join([f"{title}:", "", *lines]))
-    return "\n\n".join(parts) + "\n" if parts else "Nothing has been measured yet.\n"
+                    continue
+                ratios = [times(ms[name] / ms[OURS]) for name in baselines]
+                cells.append(", ".join([f"{ms[OURS] / ms[under]:.2f}", *ratios]))
+            body.append([f"`{kind}`", *cells])
+        return markdown(["kind", *(f"{form} {dtype}" for form, dtype in columns)], body)
+
+    return make
+
+
+def linear(rows: list[dict]) -> list[str]:
+    """Time over the floor, rivals, and memory."""
+    body = []
+    for (form, dtype, kind, count, columns), cell in by_cell(
+        rows, "form", "dtype", "kind", "rows", "columns"
+    ).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        rivals = [times(ms[n] / ms[OURS]) if n in ms else "" for n in ("torch.compile", "eager")]
+        ours = f"{ms[OURS]:.3g}"
+        over = f"{ms[OURS] / ms[FLOOR]:.2f}"
+        body.append([form, dtype, kind, f"{count} x {columns}", ours, over, *rivals, memory(cell)])
+    header = ["form", "dtype", "kind", "N x V", "ours, ms", "over the products"]
+    return markdown([*header, "vs torch.compile", "vs eager", "extra MiB"], body)
+
+
+def step(rows: list[dict]) -> list[str]:
+    """Seconds and memory of a training step with and without logits."""
+    body = []
+    for (count,), cell in by_cell(rows, "rows").items():
+        ms, whole = medians(cell), "whole logits"
+        if not {OURS, FLOOR, whole} <= ms.keys():
+            continue
+        loss = [(ms[name] - ms[FLOOR]) / ms[FLOOR] for name in (whole, OURS)]
+        memories = [f"{float(cell[name]['extra_mib'] or 'nan'):.0f}" for name in (whole, OURS)]
+        seconds = [f"{ms[name] / 1000:.2f}" for name in (whole, OURS)]
+        body.append([str(count), *seconds, *(f"{100 * x:.0f}%" for x in loss), *memories])
+    header = ["tokens", "s before", "s now", "heads and loss before", "now"]
+    return markdown([*header, "extra MiB before", "now"], body)
+
+
+FAMILIES = {
+    "step": step,
+    "kinds": against(("eager",), "forward_kl"),
+    "sparse": against(("eager",), "dense"),
+    "linear": linear,
+}
+
+
+def region(name: str, rows: list[dict[str, str]]) -> str:
+    """What stands in the region of this name."""
+    return by_place(rows, name, FAMILIES[name]) if name in FAMILIES else tables(name, rows)
 
 
 def main() -> int:
@@ -118,7 +187,8 @@ def main() -> int:
         print("README.md has no <!-- measured: ... --> region to fill", file=sys.stderr)
         return 1
     made = REGION.sub(
-        lambda m: m[1] + (kinds(rows) if m[2] == "kinds" else tables(m[2], rows)) + m[4], text
+        lambda m: m[1] + region(m[2], rows) + m[4],
+        text,
     )
     if options.check:
         if made != text:

@@ -76,8 +76,7 @@ void zero(char* row, int64_t from, int64_t to, int64_t size) {
 template <class Kind, class Real>
 void sparse_rows(const Problem<Real>& problem, int64_t lo, int64_t hi, const Workspace<Real>& w) {
   for (int64_t r = lo; r < hi; ++r)
-    if (counts(problem, r))
-      SparseRow<Kind, Real>(problem, r, r + 1 < hi ? r + 1 : r, w).run();
+    if (counts(problem, r)) SparseRow<Kind, Real>(problem, r, r + 1 < hi ? r + 1 : r, w).run();
 }
 
 template <class Kind, class Real>
@@ -151,8 +150,8 @@ void scale(const Rows& rows, int64_t width, double factor, int64_t lo, int64_t h
 }  // namespace
 
 extern const DivergenceKernels divergence_kernels;
-const DivergenceKernels divergence_kernels = {rows<float>, rows<double>, states<float>,
-                                              states<double>, scale, kShortLimit};
+const DivergenceKernels divergence_kernels = {rows<float>,    rows<double>, states<float>,
+                                              states<double>, scale,        kShortLimit};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

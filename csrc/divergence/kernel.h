@@ -32,10 +32,10 @@ struct Sparse {
 template <class Real>
 struct Problem {
   Logits student, teacher;  // teacher.rows.data is null for cross-entropy
-  Sparse sparse;            // if ids: the teacher's rows are log-probabilities [N, k] at these columns
-  int64_t vocab;            // columns read; the gradient is zero beyond
-  int64_t teacher_vocab;    // the same, but for a kind that sorts
-  int64_t width;            // columns of the student
+  Sparse sparse;  // if ids: the teacher's rows are log-probabilities [N, k] at these columns
+  int64_t vocab;  // columns read; the gradient is zero beyond
+  int64_t teacher_vocab;  // the same, but for a kind that sorts
+  int64_t width;          // columns of the student
   int32_t kind;
   KindParams<Real> params;
   double factor;          // of the divergence, in value and gradient

@@ -339,8 +339,8 @@ SH_INLINE bool needs_labels(int kind) { return kind == kCrossEntropy || kind == 
 
 // Whether D depends on probabilities alone, so that several columns can be one outcome.
 template <class Kind>
-constexpr bool kTakesSparse = Kind::kRow == RowNumbers::none &&
-                              (Kind::kForm == Form::unit || Kind::kForm == Form::sum);
+constexpr bool kTakesSparse =
+    Kind::kRow == RowNumbers::none && (Kind::kForm == Form::unit || Kind::kForm == Form::sum);
 
 // Of an element as Kind::adjusted() makes it.
 template <class Kind, class Adjusted, class Number>

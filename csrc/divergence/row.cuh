@@ -15,11 +15,11 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
   using Base = NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain>;
   using Base::each_chunk, Base::fetch, Base::element, Base::kRegisters, Base::kSize, Base::origin;
   using Base::kWithout, Base::without, Base::z_without, Base::column, Base::whole;
+  using Base::label_value, Base::label_probability, Base::agreement;
   using Base::labelled, Base::label_weight, Base::with_cap, Base::with_label;
   using Base::problem, Base::r, Base::params, Base::scalars, Base::means, Base::weight;
   using Base::student, Base::z, Base::t, Base::z_e, Base::t_e, Base::z_shift, Base::z_lse,
       Base::t_lse;
-  using Base::label_value, Base::label_probability, Base::agreement;
   using typename Base::Side;
   using typename Base::T;
 

@@ -113,7 +113,7 @@ struct Source {
   Real gain = 1, scale = 1, cap = 0;
   Source* student = nullptr;  // TAID: x = (1 - weight) * student + weight * this, tempered
   Real weight = 1, own_gain = 1;
-  int64_t without = -1;  // a column that is taken as -inf
+  int64_t without = -1;                // a column that is taken as -inf
   const Known<Real>* known = nullptr;  // instead of a row in memory
 
   Source() = default;

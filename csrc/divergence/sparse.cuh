@@ -18,18 +18,18 @@ struct Outcome {
 };
 template <class Real>
 __device__ SH_NOINLINE Outcome<Real> outcome_of(int kind, const Element<Real>& e,
-                                                 const KindParams<Real>& params) {
+                                                const KindParams<Real>& params) {
   switch (kind) {
     case kSupportKL:
       return {kind_term<ForwardKL>(e, params), ForwardKL::slope(e, params)};
-#define SH_CASE(number, Kind)                                                      \
-  case number:                                                                     \
-    if constexpr (kTakesSparse<Kind>) {                                            \
-      const auto adjusted = Kind::adjusted(e, params);                             \
-      return {kind_term<Kind>(adjusted, params), Kind::slope(adjusted, params)};   \
-    }                                                                              \
+#define SH_CASE(number, Kind)                                                    \
+  case number:                                                                   \
+    if constexpr (kTakesSparse<Kind>) {                                          \
+      const auto adjusted = Kind::adjusted(e, params);                           \
+      return {kind_term<Kind>(adjusted, params), Kind::slope(adjusted, params)}; \
+    }                                                                            \
     break;
-    SH_DIVERGENCE_KINDS(SH_CASE)
+      SH_DIVERGENCE_KINDS(SH_CASE)
 #undef SH_CASE
   }
   return {};
@@ -48,11 +48,11 @@ __device__ Finished finish_outcomes(int kind, double (&sums)[2], double teacher_
   switch (kind) {
     case kSupportKL:
       return finish(ForwardKL());
-#define SH_CASE(number, Kind)                                  \
-  case number:                                                 \
-    if constexpr (kTakesSparse<Kind>) return finish(Kind());   \
+#define SH_CASE(number, Kind)                                \
+  case number:                                               \
+    if constexpr (kTakesSparse<Kind>) return finish(Kind()); \
     break;
-    SH_DIVERGENCE_KINDS(SH_CASE)
+      SH_DIVERGENCE_KINDS(SH_CASE)
 #undef SH_CASE
   }
   return {};
@@ -77,8 +77,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   double z_lse = 0, t_lse = 0;           // of the outcomes, the student's relative to shift
   double teacher_mass = 1;
 
-  __device__ DeviceSparseRow(const Problem<Real>& problem, int64_t r,
-                             SharedPointer<uint32_t> bits)
+  __device__ DeviceSparseRow(const Problem<Real>& problem, int64_t r, SharedPointer<uint32_t> bits)
       : Base(problem, r, SharedPointer<In>()),
         bits(bits),
         ids(problem.sparse.ids + r * problem.sparse.k),
@@ -152,9 +151,9 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     });
     T::reduce(sums, Add());
     rest_sum = sums[0];
-    rest_in_row = sums[0] > 0 ? sums[0] * ::exp(double(student.gain) *
-                                                (double(rest_shift) - double(shift)))
-                              : sums[0];
+    rest_in_row = sums[0] > 0
+                      ? sums[0] * ::exp(double(student.gain) * (double(rest_shift) - double(shift)))
+                      : sums[0];
     const double total = support_alone ? sums[1] : sums[1] + rest_in_row;
     const double rest_p = count == problem.vocab || sums[2] > 1 ? 0 : 1 - sums[2];
     double teacher_total = sums[3];
@@ -213,8 +212,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       Real x[kSize];
       student.load(start, x);
       for (int i = 0; i < kSize; ++i)
-        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i))
-          f(start + i, x[i]);
+        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i)) f(start + i, x[i]);
     });
   }
 
@@ -234,10 +232,9 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     if (problem.stats != nullptr) write_statistics();
     if (T::rank() == 0 && problem.value != nullptr) {
       const Real value = Real(problem.factor * sums[0]);
-      problem.value[r] = problem.label_weight > 0
-                             ? Real(1 - problem.label_weight) * value +
-                                   Real(problem.label_weight) * label_value
-                             : value;
+      problem.value[r] = problem.label_weight > 0 ? Real(1 - problem.label_weight) * value +
+                                                        Real(problem.label_weight) * label_value
+                                                  : value;
     }
     if (problem.gradient.data != nullptr) write_gradient(Real(sums[1]));
   }
@@ -263,9 +260,9 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       bool whole = true;
       for (int i = 0; i < kSize; ++i) {
         whole = whole && !is_known(start + i);
-        g[i] = even            ? slope_of(element(x[i], log_rest), H)
+        g[i] = even          ? slope_of(element(x[i], log_rest), H)
                : factor != 0 ? factor * fast_exp2((x[i] - rest_shift) * gain2)
-                               : Real(0);
+                             : Real(0);
       }
       if (whole) {
         for (int i = 0; i < kSize; ++i) g[i] = with_cap(with_label(g[i], x[i], start + i), x[i]);
@@ -340,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_kernel(const Problem<Real>
   const int64_t r = blockIdx.x;
   if (!prepare_row<kThreads>(problem, r)) return;
   DeviceSparseRow<Real, In, kThreads> row(problem, r, bits);
-  row.weight = row_weight(problem, r) * Real((1 - problem.label_weight) * problem.factor) *
-               row.student.gain;
+  row.weight =
+      row_weight(problem, r) * Real((1 - problem.label_weight) * problem.factor) * row.student.gain;
   if (labelled(problem, r)) row.normalise();  // the label's own softmax
   row.mark();
   row.normalise_outcomes();

@@ -119,7 +119,8 @@ struct SparseRow {
     Real weight = divergence_weight(problem, r) * student.gain;
     // Of a known sum the exact number: equal sides have a gradient of exact zeros.
     if (Kind::kForm == Form::unit) slope = -teacher_mass;
-    if (Kind::kSeries) value -= 1 - teacher_mass;  // of sum q - sum p, which every term has a part of
+    if (Kind::kSeries)
+      value -= 1 - teacher_mass;  // of sum q - sum p, which every term has a part of
     if constexpr (Kind::kFinish) {
       const Finished finished = Kind::finish(value, slope, problem.params);
       value = finished.value;
@@ -129,7 +130,8 @@ struct SparseRow {
     write_value(problem, r, value, label);
     if (problem.stats != nullptr) write_stats<Real>(problem, r, stats);
     if (problem.gradient.data == nullptr) return;
-    block_combine(padded(outcomes), q, p, Uniform<Real>(Real(slope)), Uniform<Real>(weight), slopes);
+    block_combine(padded(outcomes), q, p, Uniform<Real>(Real(slope)), Uniform<Real>(weight),
+                  slopes);
     if (support.broken) fill(slopes, 0, NAN);
     write_gradient(support_alone ? Real(0) : slopes[support.count]);
   }
@@ -183,7 +185,8 @@ struct SparseRow {
         const Real* x = without_known(start);
         for (int64_t j = 0; j < student.columns(start); ++j) {
           if (pass == 0) top = larger(x[j], top);
-          if (pass == 1) sum += std::exp(double(student.gain) * double(x[j]) - student.origin(shift));
+          if (pass == 1)
+            sum += std::exp(double(student.gain) * double(x[j]) - student.origin(shift));
         }
       }
       if (pass == 0 && !(top > -INFINITY)) return;

@@ -12,7 +12,9 @@ constexpr int kStateNumbers = 6;
 struct RowState {
   double z_max = -INFINITY, z_sum = 0, t_max = -INFINITY, t_sum = 0, z_cross = 0, t_cross = 0;
 
-  SH_INLINE static double scaled(double factor, double x) { return factor > 0 ? factor * x : factor; }
+  SH_INLINE static double scaled(double factor, double x) {
+    return factor > 0 ? factor * x : factor;
+  }
 
   // The same relative to other maxima, which are not smaller.
   SH_INLINE void move_to(double z, double t) {

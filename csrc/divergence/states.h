@@ -4,8 +4,8 @@
 
 // Of a block, relative to the shifts.
 template <class Real>
-RowState block_state(int64_t n, const Real* z, const Real* t, Real z_gain, Real t_gain, Real z_shift,
-                     Real t_shift) {
+RowState block_state(int64_t n, const Real* z, const Real* t, Real z_gain, Real t_gain,
+                     Real z_shift, Real t_shift) {
   Lanes<Real> z_sum, t_sum, z_cross, t_cross;
   const Lane<Real> log2e{Real(kLog2e)};
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -46,8 +46,7 @@ RowState state_of_row(const Problem<Real>& problem, int64_t r, const Workspace<R
     };
     row.move_to(logit(student, z_shift, row.z_max, z_top),
                 logit(teacher, t_shift, row.t_max, t_top));
-    const RowState part =
-        block_state(n, z, t, student.gain, teacher.gain, z_shift, t_shift);
+    const RowState part = block_state(n, z, t, student.gain, teacher.gain, z_shift, t_shift);
     row.z_sum += part.z_sum, row.t_sum += part.t_sum;
     row.z_cross += part.z_cross, row.t_cross += part.t_cross;
   }

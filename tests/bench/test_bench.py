@@ -6,13 +6,24 @@ from functools import partial
 
 import pytest
 import torch
-from stillhouse.bench import divergence, kinds, measure
+from stillhouse.bench import divergence, kinds, linear, measure, sparse
 from stillhouse.bench.driver import COLUMNS
 from stillhouse.bench.grid import Cell
 
 from stillhouse import bench, ops
 
-TINY = ["--shape", "4x64", "--kind", "jsd", "--dtype", "fp32", "--rounds", "2"]
+TINY = [
+    "--family",
+    "divergence",
+    "--shape",
+    "4x64",
+    "--kind",
+    "jsd",
+    "--dtype",
+    "fp32",
+    "--rounds",
+    "2",
+]
 
 
 def rows(path) -> list[dict[str, str]]:
@@ -98,6 +109,7 @@ def test_all_providers_compute_the_same_gradient(kind, form):
 
 def test_every_kind_is_measured():
     measured = {kind.split("(")[0] for kind in kinds.PLAIN} | {"ForwardKL"}
+    measured |= {kind.split("(")[0] for kind, _ in sparse.KINDS}
     assert measured == {kind.__name__ for kind in ops.KINDS.values()}
 
 
@@ -111,6 +123,32 @@ def test_the_eager_form_of_every_kind_computes_the_same_gradient(kind, form):
         _, (gradient,) = divergence.Step(provider, cell, "cpu")(student, teacher)
         found.append(gradient)
     torch.testing.assert_close(*found, atol=5e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", divergence.FORMS)
+@pytest.mark.parametrize("kind", [" ".join(pair) for pair in sparse.KINDS])
+def test_the_eager_form_of_every_sparse_kind_computes_the_same_gradient(kind, form):
+    cell = Cell(sparse.NAME, kind, form, "fp32", rows=6, columns=301)
+    found = []
+    for provider in (sparse.PROVIDERS[0], sparse.PROVIDERS[-1]):
+        student, teacher = divergence.make_logits(cell, "cpu")
+        _, (gradient,) = divergence.Step(provider, cell, "cpu")(student, teacher)
+        found.append(gradient)
+    torch.testing.assert_close(*found, atol=5e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", linear.FORMS)
+@pytest.mark.parametrize("kind", linear.KINDS)
+def test_all_linear_providers_compute_the_same_gradients(kind, form):
+    cell = Cell(linear.NAME, kind, form, "fp32", rows=6, columns=101)
+    found = {}
+    for provider in linear.PROVIDERS:
+        inputs, step = linear.Inputs(cell, "cpu"), linear.Step(provider, cell, "cpu")
+        step.function(inputs).backward(step.upstream)
+        found[provider.name] = [leaf.grad for leaf in inputs.leaves]
+    assert len(found["stillhouse"]) == (1 if "frozen" in form else 2)
+    for name, gradients in found.items():
+        torch.testing.assert_close(gradients, found["eager"], atol=2e-6, rtol=1e-4, msg=name)
 
 
 def test_the_memory_of_a_kind_is_probed():

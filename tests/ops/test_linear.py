@@ -318,7 +318,9 @@ def test_compiles_without_breaks_or_recompilation(backend):
         got, want = compiled(*tensors, *rest), step(*tensors, *rest)
         torch.testing.assert_close(got, want)
         for a, b in zip(
-            torch.autograd.grad(got, tensors[:2]), torch.autograd.grad(want, tensors[:2]), strict=True
+            torch.autograd.grad(got, tensors[:2]),
+            torch.autograd.grad(want, tensors[:2]),
+            strict=True,
         ):
             torch.testing.assert_close(a, b)
         graphs.append(counter.frame_count)
@@ -349,8 +351,10 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
     with torch.profiler.profile(profile_memory=True) as profile:
         loss = ops.linear_divergence_loss(hidden, weight, teacher, chunk_rows=32)
         torch.autograd.grad(loss, hidden)
-    largest = max(abs(event.cpu_memory_usage) for event in profile.events() if event.name == "aten::empty")
-    assert largest == 32 * 9000 * 4
+    largest = max(
+        abs(event.cpu_memory_usage) for event in profile.events() if event.name == "aten::empty"
+    )
+    assert largest <= 32 * 9000 * 4  # 0 where the scratch of an earlier call is enough
 
 
 # --- what a user can get wrong --------------------------------------------------------------------

@@ -52,7 +52,9 @@ def test_parts_merge_in_any_order(cuts, dtype, level):
     check(pairwise, z, t, precise)
     # As they cross a network.
     sent = [ops.RowState(*torch.stack(state)) for state in states]
-    assert torch.equal(torch.stack(ops.merge_row_states(*sent)), torch.stack(ops.merge_row_states(*states)))
+    assert torch.equal(
+        torch.stack(ops.merge_row_states(*sent)), torch.stack(ops.merge_row_states(*states))
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 3e4])

@@ -1,5 +1,5 @@
-"""Teachers that are known at a few columns: the kernels against plain torch in float64, and against the
-dense kernels where every column is known."""
+"""Teachers that are known at a few columns: the kernels against plain torch in float64, and
+against the dense kernels where every column is known."""
 
 import dataclasses
 
@@ -89,12 +89,16 @@ def compare(z, teacher, kind, dtype, inplace=True, **arguments):
         product, teacher, kind, weight=upstream, reduction="sum", inplace_grad=inplace, **arguments
     )
     (of_loss,) = torch.autograd.grad(loss, leaf)
-    torch.testing.assert_close(loss.double(), (value * upstream).sum().detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        loss.double(), (value * upstream).sum().detach(), rtol=tolerance, atol=tolerance
+    )
     assert ((of_loss.double() - gradient).abs() <= slack).all()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("kind", "tail"), PAIRS, ids=lambda x: x if isinstance(x, str) else repr(x))
+@pytest.mark.parametrize(
+    ("kind", "tail"), PAIRS, ids=lambda x: x if isinstance(x, str) else repr(x)
+)
 def test_against_plain_torch(kind, tail, dtype, level):
     for width, k in ((300, 7), (33, 1), (2100, 40)):
         z, t = pair(width=width)
@@ -115,7 +119,9 @@ ARGUMENTS = [
 @pytest.mark.parametrize("tail", ops.SparseTeacher.TAILS)
 def test_arguments(tail, arguments, dtype, level):
     z, t = pair()
-    teacher = ops.SparseTeacher.from_logits(t[:, : arguments.get("vocab_size", 300)], k=9, tail=tail)
+    teacher = ops.SparseTeacher.from_logits(
+        t[:, : arguments.get("vocab_size", 300)], k=9, tail=tail
+    )
     for kind in (ops.ForwardKL(), ops.SupportKL(), *([ops.JSD()] if tail != "drop" else [])):
         compare(z, teacher, kind, dtype, inplace=False, **arguments)
 
@@ -134,7 +140,9 @@ def test_a_temperature_that_is_undone(tail, level):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("kind", "tail"), PAIRS, ids=lambda x: x if isinstance(x, str) else repr(x))
+@pytest.mark.parametrize(
+    ("kind", "tail"), PAIRS, ids=lambda x: x if isinstance(x, str) else repr(x)
+)
 def test_all_columns_known_is_the_dense_divergence(kind, tail, dtype, level):
     """The master test."""
     dense = ops.ForwardKL() if isinstance(kind, ops.SupportKL) else kind
@@ -280,7 +288,7 @@ def test_nan_reaches_its_row_alone(level):
 
 
 def test_linear_divergences_take_them():
-    z, t = pair(rows=21, width=90)
+    _, t = pair(rows=21, width=90)
     hidden = torch.randn(21, 12, dtype=torch.float64).requires_grad_()
     weight = torch.randn(90, 12, dtype=torch.float64).requires_grad_()
     mask = torch.arange(21) % 4 != 1
@@ -292,7 +300,9 @@ def test_linear_divergences_take_them():
         rows = ops.linear_divergence(hidden, weight, teacher, kind, mask=mask, chunk_rows=8)
         for got in (loss, rows.sum() / mask.sum()):
             torch.testing.assert_close(got, want)
-            for a, b in zip(torch.autograd.grad(got, (hidden, weight)), want_gradients, strict=True):
+            for a, b in zip(
+                torch.autograd.grad(got, (hidden, weight)), want_gradients, strict=True
+            ):
                 torch.testing.assert_close(a, b)
 
 
@@ -434,7 +444,11 @@ ERRORS = [
     (ValueError, "draws must be", lambda: ops.SparseTeacher.sample(T, 0)),
     (ValueError, "same rows", lambda: ops.divergence(Z[:3], TEACHER)),
     (ValueError, "pass vocab_size=30", lambda: ops.divergence(torch.randn(4, 32), TEACHER)),
-    (ValueError, "vocab_size must be the sparse", lambda: ops.divergence(Z, TEACHER, vocab_size=29)),
+    (
+        ValueError,
+        "vocab_size must be the sparse",
+        lambda: ops.divergence(Z, TEACHER, vocab_size=29),
+    ),
     (
         ValueError,
         "the student only 28",
@@ -460,7 +474,11 @@ ERRORS = [
         "at its own temperature alone",
         lambda: ops.divergence(Z, TEACHER, temperature=torch.tensor(2.0)),
     ),
-    (ValueError, "has probabilities, no logits", lambda: ops.divergence(Z, TEACHER, logit_scale=(1.0, 2.0))),
+    (
+        ValueError,
+        "has probabilities, no logits",
+        lambda: ops.divergence(Z, TEACHER, logit_scale=(1.0, 2.0)),
+    ),
     (ValueError, "SupportKL compares the columns", lambda: ops.divergence(Z, T, "support_kl")),
     (
         ValueError,

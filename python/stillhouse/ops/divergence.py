@@ -55,8 +55,8 @@ def divergence(
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64; -inf columns are legal.
-        teacher_logits: [..., V], any of these dtypes; or a `SparseTeacher`, for the kinds and tails of
-            `Kind.sparse_tails`; None for `CrossEntropy`.
+        teacher_logits: [..., V], any of these dtypes; or a `SparseTeacher`, for the kinds and
+            tails of `Kind.sparse_tails`; None for `CrossEntropy`.
         kind: a kind (`ops.JSD(beta=0.5)`) or its name (`"jsd"`), see `ops.KINDS`.
         temperature: divides both sides' logits. No T^2 factor is applied.
         teacher_temperature: divides the teacher's instead.

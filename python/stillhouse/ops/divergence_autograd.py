@@ -112,16 +112,12 @@ def _fake_gradient(student, teacher, numbers, weight, labels, kind, *rest):
     return student.new_empty(student.shape)
 
 
-def _fake_loss(
-    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest
-):
+def _fake_loss(student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats, student.new_empty(student.shape)
 
 
-def _fake_loss_(
-    student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest
-):
+def _fake_loss_(student, teacher, numbers, weight, labels, kind, vocab=-1, want_stats=False, *rest):
     value, stats = _fake_rows(student, want_stats, teacher)
     return value.new_empty(()), stats
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .divergence import Stats, divergence, divergence_loss, unpack_stats
+from .divergence import Stats, unpack_stats
 from .divergence_arguments import Call, check_call, check_labels, check_rows, loss_weight
-from .divergence_autograd import has_kernel, kernels
+from .divergence_autograd import kernels
 from .kinds import Kind, Number
 from .linear_divergence_autograd import Arguments, LossWithGradients
 from .sparse_teacher import SparseTeacher
@@ -70,14 +70,14 @@ def linear_divergence(
     return_stats: bool = False,
     chunk_rows: int | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """`ops.divergence` of the logits `student_hidden @ student_weight.T + student_bias`, one value a
-    row, without ever holding more than a chunk of them.
+    """`ops.divergence` of the logits `student_hidden @ student_weight.T + student_bias`, one value
+    a row, without ever holding more than a chunk of them.
 
     Args as in `divergence`, and:
         student_hidden: [..., H]; student_weight: [V, H]; student_bias: [V] or None. One dtype;
             under autocast any, and the products are made in autocast's.
-        teacher: `LinearTeacher`, logits [..., V], `SparseTeacher`, or None for `CrossEntropy`. The label's
-            log-probability is minus the value of `CrossEntropy`.
+        teacher: `LinearTeacher`, logits [..., V], `SparseTeacher`, or None for `CrossEntropy`. The
+            label's log-probability is minus the value of `CrossEntropy`.
         chunk_rows: rows whose logits exist at a time; None: about 100 MB of them for each side.
 
     Returns:
@@ -173,7 +173,8 @@ def linear_divergence_loss(
         >>> import torch
         >>> from stillhouse import ops
         >>> head = torch.nn.Linear(4, 3, bias=False)
-        >>> hidden, teacher = torch.randn(5, 4), ops.LinearTeacher(torch.randn(5, 6), torch.randn(3, 6))
+        >>> hidden = torch.randn(5, 4)
+        >>> teacher = ops.LinearTeacher(torch.randn(5, 6), torch.randn(3, 6))
         >>> ops.linear_divergence_loss(hidden, head.weight, teacher, denominator=5).backward()
         >>> head.weight.grad.shape
         torch.Size([3, 4])

@@ -22,7 +22,7 @@ _CHUNK_BYTES, _FEWEST_ROWS = 100 << 20, 128
 
 
 def _chunks(rows: int, columns: int, itemsize: int, limit: int) -> Iterator[slice]:
-    """Parts of about equal size, of at most `limit` rows each; 0 is the limit measured to be best."""
+    """Parts of about equal size of at most `limit` rows each; 0: as measured to be best."""
     limit = limit or max(_FEWEST_ROWS, _CHUNK_BYTES // (columns * itemsize))
     count = max(1, -(-rows // limit))
     size = min(limit, -(-rows // (16 * count)) * 16)
@@ -58,7 +58,7 @@ _scratch = _Scratch()
 
 
 def _add(total: Tensor, x: Tensor) -> None:
-    """total += x of a narrower type. In pieces that stay in cache: torch's mixed addition is slow."""
+    """total += x of a narrower type, in pieces that stay in cache: torch's mixed sum is slow."""
     rows = max(1, (4 << 20) // (total[0].numel() * total.itemsize))
     for piece, of_x in zip(total.split(rows), x.split(rows), strict=True):
         piece += of_x.to(total.dtype)
@@ -260,9 +260,7 @@ def _implementations(namespace: str) -> dict[str, Any]:
 
     def gradient_op(*arguments):
         *common, row_weight, want_hidden, want_weight, want_bias = arguments
-        _, _, *gradients = loss_op(
-            *common, row_weight, False, want_hidden, want_weight, want_bias
-        )
+        _, _, *gradients = loss_op(*common, row_weight, False, want_hidden, want_weight, want_bias)
         return tuple(gradients)
 
     return {
@@ -341,7 +339,8 @@ class LossWithGradients(torch.autograd.Function):
     def forward(ctx, *inputs):
         loss, stats, *gradients = divergence_autograd.kernels().linear_divergence_loss(*inputs)
         ctx.wanted = inputs[-3:]
-        ctx.save_for_backward(*gradients, *inputs[:2])
+        learning = next(x for x, wanted in zip(inputs, ctx.wanted, strict=False) if wanted)
+        ctx.save_for_backward(*gradients, learning)
         ctx.mark_non_differentiable(stats)
         ctx.spent = False
         return loss, stats
@@ -350,14 +349,14 @@ class LossWithGradients(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if not torch.compiler.is_compiling():
             divergence_autograd.spend(ctx, "linear_divergence_loss")
-        *gradients, hidden, weight = ctx.saved_tensors
+        *gradients, learning = ctx.saved_tensors
         for i, wanted in enumerate(ctx.wanted):
             if not wanted:
                 gradients[i] = None
                 continue
             divergence_autograd.kernels().scale_(gradients[i], upstream)
             if torch.is_grad_enabled():
-                gradients[i] = _LastDerivative.apply(gradients[i], hidden, weight, upstream)
+                gradients[i] = _LastDerivative.apply(gradients[i], learning, upstream)
         return *gradients, *([None] * (_COMMON + 5 - 3))
 
 

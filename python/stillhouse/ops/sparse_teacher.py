@@ -24,8 +24,8 @@ class SparseTeacher:
     Args:
         ids: int32 or int64 [..., k], the columns, each at most once in a row; -1 = no column, for
             rows that know fewer.
-        log_probs: [..., k] natural logarithms of the probabilities there; any float dtype. What they
-            do not add up to is the tail's.
+        log_probs: [..., k] natural logarithms of the probabilities there; any float dtype. What
+            they do not add up to is the tail's.
         vocab_size: V, the columns of the whole row.
         temperature: that of the softmax which `log_probs` are of. A loss at another temperature
             undoes it, where the tail leaves no doubt how: "renormalize" and "uniform".
@@ -93,7 +93,8 @@ class SparseTeacher:
         object.__setattr__(self, "_trusted", False)  # of this object; another may be made of it
 
     def _check_values(self) -> None:
-        ids, log_probs = self.ids.flatten(0, -2), self.log_probs.flatten(0, -2)
+        k = self.ids.shape[-1]
+        ids, log_probs = self.ids.reshape(-1, k), self.log_probs.reshape(-1, k)
         wrong = (ids < -1) | (ids >= self.vocab_size)
         if wrong.any():
             row, column = (int(i) for i in wrong.nonzero()[0])
@@ -165,8 +166,8 @@ class SparseTeacher:
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> SparseTeacher:
-        """`draws` columns of each row of `logits` [..., V], drawn from its softmax with replacement,
-        each with the probability count / draws: an unbiased estimate of the teacher, of which the
+        """`draws` columns of each row of `logits` [..., V], drawn from its softmax with
+        replacement, each with the probability count / draws: an unbiased estimate of the teacher, of which the
         gradient of forward KL is the dense one on average (random sampling KD, arXiv 2503.16870).
 
         Draws are made from float64 probabilities. Raises ValueError for draws < 1.
@@ -192,7 +193,12 @@ class SparseTeacher:
         ids, log_probs = unique[:, :width], (count[:, :width] / draws).log()
         shape = (*shape, width)
         return cls(
-            ids.int().view(shape), log_probs.view(shape), columns, temperature, "drop", _trusted=True
+            ids.int().view(shape),
+            log_probs.view(shape),
+            columns,
+            temperature,
+            "drop",
+            _trusted=True,
         )
 
     def to_dense(self) -> Tensor:

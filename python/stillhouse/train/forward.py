@@ -18,14 +18,14 @@ OURS = ("labels", "record", "denominator", "vocab_size")
 
 
 class RowForward:
-    """Runs a causal LM up to its output head, and what is to be made of the rows there instead of it.
+    """Runs a causal LM up to its output head, and there what is to be made of the rows instead.
 
-    While it runs, something else stands in for the head's forward: it gets hidden [B, T, H], takes the
-    supervised rows [N, H] and calls `compute(rows)`. That is inside the model's own forward, where
-    data-parallel wrappers, sharded weights and autocast have already done their part, and no logits
-    have to exist. What the model does to logits afterwards (a scale, a soft-cap) is found out once,
-    by sending numbers through it; a model that does anything else computes its logits as usual, and
-    says so. Between calls the model is untouched.
+    While it runs, something else stands in for the head's forward: it gets hidden [B, T, H], takes
+    the supervised rows [N, H] and calls `compute(rows)`. That is inside the model's own forward,
+    where data-parallel wrappers, sharded weights and autocast have already done their part, and no
+    logits have to exist. What the model does to logits afterwards (a scale, a soft-cap) is found
+    out once, by sending numbers through it; a model that does anything else computes its logits as
+    usual, and says so. Between calls the model is untouched.
 
     Raises ValueError for a model without an output head.
     """
@@ -50,9 +50,9 @@ class RowForward:
     ) -> Any:
         """`compute` of the rows `index` of `model`'s forward, or these rows themselves.
 
-        `model` may wrap the one given at first; `batch` is the language-model batch, `options` go to
-        the forward. A dict with a "loss" passes it through the model's output, for wrappers that look
-        there for what has a gradient.
+        `model` may wrap the one given at first; `batch` is the language-model batch, `options` go
+        to the forward. A dict with a "loss" passes it through the model's output, for wrappers
+        that look there for what has a gradient.
         """
         inputs = {name: value for name, value in batch.items() if name not in OURS}
         # The forward is asked for no cache: it would hold every layer's keys for nothing.

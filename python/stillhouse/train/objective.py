@@ -2,10 +2,10 @@
 
 An objective is any callable `objective(student, teacher, batch) -> dict` whose "loss" is the
 total and whose other tensors are logged (the same names on every rank). `student` and `teacher`
-are `LogitRows` (the teacher may be None, or an `ops.SparseTeacher`), `batch` the dict of the language-model batch plus
-`denominator`, the global number of supervised tokens, and `vocab_size`, the columns that count
-(None = all). It is called inside the student's forward, where the output head's weights are whole
-even if they are sharded. Optional methods:
+are `LogitRows` (the teacher may be None, or an `ops.SparseTeacher`), `batch` the dict of the
+language-model batch plus `denominator`, the global number of supervised tokens, and `vocab_size`,
+the columns that count (None = all). It is called inside the student's forward, where the output
+head's weights are whole even if they are sharded. Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
 micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`. An objective that needs no
 teacher says so with `needs_teacher = False`.
@@ -29,10 +29,10 @@ Objective = Callable[["LogitRows", "LogitRows | None", Mapping[str, Any]], dict[
 class LogitRows:
     """The N supervised rows of one model's forward.
 
-    Either `given`, logits [N, V] that belong to this object alone, so that a gradient may be written
-    over them; or `hidden` [N, H], what the output head saw, and that `head`: then logits exist only
-    where somebody asks for them. `index` says which row is which, `hidden_states` is the model's own
-    tuple of [B, T, H] where the forward was asked for it.
+    Either `given`, logits [N, V] that belong to this object alone, so that a gradient may be
+    written over them; or `hidden` [N, H], what the output head saw, and that `head`: then logits
+    exist only where somebody asks for them. `index` says which row is which, `hidden_states` is
+    the model's own tuple of [B, T, H] where the forward was asked for it.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ Teacher = LogitRows | ops.SparseTeacher | None
 def row_divergence(
     student: LogitRows, teacher: Teacher, kind: Any = "forward_kl", **options: Any
 ) -> Tensor:
-    """`ops.divergence` of each supervised row: float32 [N], differentiable; with the student's head at
-    hand `ops.linear_divergence`, which makes logits by the chunk only.
+    """`ops.divergence` of each supervised row: float32 [N], differentiable; with the student's
+    head at hand `ops.linear_divergence`, which makes logits by the chunk only.
 
     `options` are theirs, but for what belongs to the heads. Raises ValueError where the rows of
     student and teacher do not predict the same tokens.
@@ -88,9 +88,9 @@ def row_loss(
     """(1 - label_weight) * D + label_weight * CE(target), summed over rows / `denominator`.
 
     Returns the scalar and the per-row statistics of the same pass. Logits that the student's rows
-    were given must not be read afterwards: while training the gradient is written over them. Without
-    `batch["denominator"]` the mean is over this batch's rows; `batch["vocab_size"]` leaves padded
-    columns out.
+    were given must not be read afterwards: while training the gradient is written over them.
+    Without `batch["denominator"]` the mean is over this batch's rows; `batch["vocab_size"]` leaves
+    padded columns out.
     """
     is_labelled = label_weight != 0 or ops.as_kind(kind).needs_labels
     options = {

@@ -32,13 +32,12 @@ class NonFiniteLoss(ValueError):
 class DistillTrainer(Trainer):
     """Trains `model` (any causal LM, a peft one included) to minimise `objective`.
 
-    `objective(student, teacher, batch)` sees the supervised rows only, and makes no logits of theirs
-    that it does not need: a divergence takes chunks of them. `teacher` is
-    a causal LM with the same vocabulary; it is put on the training device and never trained. An
-    objective that needs none may do without, or keep one for the evaluation. `vocab_size` leaves
-    padded columns out. Everything else, keyword arguments included, is `transformers.Trainer`:
-    accumulation, mixed precision, gradient checkpointing, data-parallel and sharded training,
-    resume, trackers.
+    `objective(student, teacher, batch)` sees the supervised rows only, and makes no logits of them
+    that it does not need: a divergence takes chunks of them. `teacher` is a causal LM with the same
+    vocabulary; it is put on the training device and never trained. An objective that needs none may
+    do without, or keep one for the evaluation. `vocab_size` leaves padded columns out. Everything
+    else, keyword arguments included, is `transformers.Trainer`: accumulation, mixed precision,
+    gradient checkpointing, data-parallel and sharded training, resume, trackers.
 
     The loss is a mean over the supervised tokens of a whole optimiser step, across micro-batches
     and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,

@@ -134,6 +134,9 @@ class TAIDLoss(DivergenceObjective):
     def __call__(
         self, student: LogitRows, teacher: LogitRows, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
+        if not isinstance(teacher, LogitRows):
+            found = type(teacher).__name__
+            raise ValueError(f"TAID interpolates between logits: it needs a teacher's, got {found}")
         # Copied first: the loss may write its gradient over logits that the rows were given.
         sampled = slice(None, None, -(-len(student) // REPORTED_ROWS) or 1)
         with torch.no_grad():
