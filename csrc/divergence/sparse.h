@@ -32,10 +32,11 @@ struct Support {
         log_p[at] = Real(widen(x[i]));
       }
     });
+    Real* const seen = w.label_e;  // of a block's columns: how often
     for (int64_t b = 0; b < blocks; ++b) {
-      Real* seen = w.label_e - b * kBlock;
-      for (int64_t i = begin[b]; i < begin[b + 1]; ++i) seen[column[i]] = 0;
-      for (int64_t i = begin[b]; i < begin[b + 1]; ++i) broken = broken || seen[column[i]]++ > 0;
+      for (int64_t i = begin[b]; i < begin[b + 1]; ++i) seen[column[i] - b * kBlock] = 0;
+      for (int64_t i = begin[b]; i < begin[b + 1]; ++i)
+        broken = broken || seen[column[i] - b * kBlock]++ > 0;
     }
   }
 

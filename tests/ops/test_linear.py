@@ -6,6 +6,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 
 from stillhouse import ops
+from stillhouse.ops import divergence_autograd
 
 N, V = 21, 197
 KINDS = [
@@ -261,6 +262,21 @@ def test_autocast_makes_the_products_in_its_own_dtype(form):
     check([got, *gradients], [w.double() for w in want], 1e-2)
 
 
+def test_a_device_without_kernels_makes_whole_logits_and_says_so(monkeypatch):
+    p = Problem()
+    head = {"student_bias": p.bias}
+    mask = torch.arange(N) % 3 > 0
+    want = ops.linear_divergence_loss(p.hidden, p.weight, p.teacher, "jsd", mask=mask, **head)
+    want = [want, *torch.autograd.grad(want, p.learning)]
+    monkeypatch.setattr(divergence_autograd, "devices", set())
+    with pytest.warns(UserWarning, match="no divergence kernel for cpu"):
+        loss = ops.linear_divergence_loss(p.hidden, p.weight, p.teacher, "jsd", mask=mask, **head)
+    with pytest.warns(UserWarning, match="no divergence kernel for cpu"):
+        rows = ops.linear_divergence(p.hidden, p.weight, p.teacher, "jsd", mask=mask, **head)
+    for got in (loss, rows.sum() / mask.sum()):
+        check([got, *torch.autograd.grad(got, p.learning)], want)
+
+
 # --- autograd and the compiler --------------------------------------------------------------------
 
 
@@ -398,7 +414,7 @@ ERRORS = [
     (ValueError, "mask must be", lambda: ops.linear_divergence(X, W, T, mask=torch.ones(3) > 0)),
     (
         RuntimeError,
-        r"label 30 of row 0 is outside",
+        r"label 30 of row 3 is outside \[0, 30\)",
         lambda: ops.linear_divergence(
             X, W, None, "cross_entropy", labels=torch.tensor([-100, -100, -100, 30])
         ),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .divergence import Stats, unpack_stats
 from .divergence_arguments import Call, check_call, check_labels, check_rows, loss_weight
-from .divergence_autograd import kernels
+from .divergence_autograd import divergence_rows, has_kernel, kernels
 from .kinds import Kind, Number
 from .linear_divergence_autograd import Arguments, LossWithGradients
 from .sparse_teacher import SparseTeacher
@@ -78,7 +78,8 @@ def linear_divergence(
             under autocast any, and the products are made in autocast's.
         teacher: `LinearTeacher`, logits [..., V], `SparseTeacher`, or None for `CrossEntropy`. The
             label's log-probability is minus the value of `CrossEntropy`.
-        chunk_rows: rows whose logits exist at a time; None: about 100 MB of them for each side.
+        chunk_rows: rows whose logits exist at a time; None: about 100 MB of them for each side. A
+            thread of the CPU keeps that memory for its next call.
 
     Returns:
         [...] float32, or float64 as in `divergence`.
@@ -124,12 +125,15 @@ def linear_divergence(
         check_rows("mask", mask, call.student, torch.bool)
     if call.kind.needs_labels:
         counted = labels != -100 if mask is None else mask & (labels != -100)
-    if counted is not None:
-        arguments = arguments._replace(counted=counted.reshape(-1))
-    head_learns = any(x is not None and x.requires_grad for x in (student_weight, student_bias))
-    keep = student_hidden.requires_grad and torch.is_grad_enabled() and not head_learns
-    value, stats, _ = kernels().linear_divergence(*arguments, return_stats, keep)
     rows = call.student.shape[:-1]
+    if not has_kernel(student_hidden):
+        value, stats = divergence_rows(_with_logits(call, arguments), counted, return_stats)
+    else:
+        if counted is not None:
+            arguments = arguments._replace(counted=counted.reshape(-1))
+        head_learns = any(x is not None and x.requires_grad for x in (student_weight, student_bias))
+        keep = student_hidden.requires_grad and torch.is_grad_enabled() and not head_learns
+        value, stats, _ = kernels().linear_divergence(*arguments, return_stats, keep)
     value = value.view(rows)
     return (value, unpack_stats(stats.view(7, *rows))) if return_stats else value
 
@@ -201,7 +205,11 @@ def linear_divergence_loss(
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (student_hidden, student_weight, student_bias)
     ]
-    if any(learns):
+    if not has_kernel(student_hidden):
+        counted = (row_weight != 0).view(call.student.shape[:-1])
+        value, stats = divergence_rows(_with_logits(call, arguments), counted, return_stats)
+        loss = (value.reshape(-1) * row_weight).sum()
+    elif any(learns):
         loss, stats = LossWithGradients.apply(*arguments, row_weight, return_stats, *learns)
     else:
         value, stats, _ = kernels().linear_divergence(*arguments, return_stats, False)
@@ -285,6 +293,19 @@ def _check(
         product,
         chunk_rows or 0,
     )
+
+
+def _with_logits(call: Call, a: Arguments) -> Call:
+    """What a device without kernels gets: whole logits."""
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made = torch.nn.functional.linear(hidden, weight, bias)
+        return made.view(*call.student.shape[:-1], made.shape[-1])
+
+    student, teacher = logits(a.hidden, a.weight, a.bias), call.teacher
+    if a.teacher_weight is not None:
+        teacher = logits(a.teacher, a.teacher_weight, a.teacher_bias)
+    return call._replace(student=student, teacher=teacher)
 
 
 def _check_frozen(*tensors: Tensor | None) -> None:

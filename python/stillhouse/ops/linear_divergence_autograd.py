@@ -115,7 +115,7 @@ class _Gradients:
         self._bias_dtype = weight.dtype if bias is None else bias.dtype
         self.weight = weight.new_empty(0)
         if weight_wanted:
-            self.weight = torch.empty_like(weight)
+            self.weight = weight.new_empty(weight.shape)
             self.weight[len(head.weight) :] = 0
             out = self._product = self._sum = self.weight[: len(head.weight)]
             product, wide = head.weight.dtype, _wide(weight.dtype)
@@ -185,6 +185,18 @@ class Arguments(NamedTuple):
 _COMMON, _TENSORS = len(Arguments._fields), Arguments._fields.index("kind")
 
 
+def _check_labels(labels: Tensor | None, columns: int) -> None:
+    """As the kernels do, which would count the rows of their chunk."""
+    if labels is None or not labels.is_cpu:
+        return
+    wrong = ((labels < 0) | (labels >= columns)) & (labels != -100)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"label {int(labels[row])} of row {row} is outside [0, {columns}) and not -100"
+        )
+
+
 class _Call:
     """The heads of one call, and the rows that count in chunks."""
 
@@ -195,6 +207,7 @@ class _Call:
         if a.teacher_weight is not None:
             product = a.product or a.teacher_weight.dtype
             self.teacher = _Head(a.teacher, a.teacher_weight, a.teacher_bias, a.vocab, product, 1)
+        _check_labels(a.labels, len(self.head.weight))
         rows, index = len(a.hidden), None
         if a.counted is not None:
             index = a.counted.nonzero()[:, 0]  # waits for the device: the others cost nothing then

@@ -69,14 +69,16 @@ class RowForward:
             if compute is None:
                 return hidden.new_zeros(1, 1, 1)
             result[0] = compute(result[0])
-            return _Leave.apply(_loss_of(result[0]), self._known.scale)
+            if not _has_loss(result[0]):
+                return hidden.new_zeros(1, 1, 1)
+            return _Leave.apply(result[0]["loss"], self._known.scale)
 
         output = self._run(model, inputs, options, stand_in)
         if not result:
             raise _goes_round(model)
         if compute is None:
             result[0].hidden_states = getattr(output, "hidden_states", None)
-        elif isinstance(result[0], dict) and "loss" in result[0]:
+        elif _has_loss(result[0]):
             result[0]["loss"] = _Return.apply(output.logits, result[0]["loss"].detach())
         return result[0]
 
@@ -101,17 +103,20 @@ class RowForward:
     ) -> Head | None:
         """The head, with what one token's forward shows of the logits' way out."""
         called, own = [], self.head.forward
-        ids = inputs["input_ids"][:1, :1]
-        probe = torch.tensor(PROBE, device=ids.device).view(1, 1, -1)
+        ids = inputs.get("input_ids")
+        if ids is not None:
+            inputs = {"input_ids": ids[:1, :1]}
+        some = next(x for x in inputs.values() if isinstance(x, Tensor))
+        probe = torch.tensor(PROBE, device=some.device).view(1, 1, -1)
 
         def stand_in(hidden: Tensor) -> Tensor:
             called.append(True)
             return probe
 
-        devices = [ids.device] if ids.is_cuda else []
+        devices = [some.device] if some.is_cuda else []
         # The run's random numbers are those that it would have without us.
         with torch.no_grad(), torch.random.fork_rng(devices):
-            seen = self._run(model, {"input_ids": ids}, options, stand_in)
+            seen = self._run(model, inputs, options, stand_in)
         if not called:
             raise _goes_round(model)
         found = transform_of(probe, getattr(seen, "logits", seen))
@@ -152,10 +157,8 @@ def _goes_round(model: nn.Module) -> ValueError:
     )
 
 
-def _loss_of(result: Any) -> Tensor:
-    if isinstance(result, dict) and "loss" in result:
-        return result["loss"]
-    return result if isinstance(result, Tensor) else torch.zeros(())
+def _has_loss(result: Any) -> bool:
+    return isinstance(result, dict) and "loss" in result
 
 
 class _Leave(torch.autograd.Function):
