@@ -7,8 +7,8 @@ STILLHOUSE_LIBRARY(m) {
   m.def("_cpu_level(int level) -> int");
 
   // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [11] on the CPU, in the
-  // order of op.cpp. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row. With ids, int32
-  // [..., k], the teacher is log-probabilities [..., k] at these columns (-1: none); tail: kernel.h.
+  // order of problem.h. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row. With ids, int32
+  // [..., k], the teacher is log-probabilities [..., k] at these columns (-1: none, -2: of all others); tail: kernel.h.
   m.def(
       "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "
       "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
@@ -35,7 +35,8 @@ STILLHOUSE_LIBRARY(m) {
 #define SH_LINEAR                                                                         \
   "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, " \
   "Tensor? teacher_bias, Tensor? ids, Tensor numbers, Tensor? labels, Tensor? counted, "  \
-  "int kind, int tail, int vocab, ScalarType? product, int chunk_rows, "
+  "int kind, int tail, int vocab, ScalarType? product, ScalarType? teacher_product, "     \
+  "int chunk_rows, "
   m.def("linear_divergence(" SH_LINEAR
         "bool want_stats, bool want_hidden) -> (Tensor value, Tensor stats, Tensor d_hidden)");
   m.def("linear_divergence_gradient(" SH_LINEAR

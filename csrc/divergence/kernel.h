@@ -23,8 +23,10 @@ struct Logits {
 // nothing, the known ones all; each has the same; nothing is said, and the known ones are taken as they
 // are. The numbers are those of stillhouse.ops.sparse_teacher.
 enum Tail : int32_t { kBucket, kRenormalize, kUniform, kDrop };
+constexpr int32_t kRestId = -2;     // an id: the entry is log of what all other columns have
+constexpr double kMostMass = 1.01;  // above it, what is known are no probabilities of one row
 struct Sparse {
-  const int32_t* ids;  // [N, k], < 0: none; null for a teacher that is known everywhere
+  const int32_t* ids;  // [N, k], -1: none; null for a teacher that is known everywhere
   int64_t k;
   int32_t tail;
 };

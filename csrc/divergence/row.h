@@ -92,9 +92,9 @@ struct DivergenceRow {
  private:
   // A teacher that is known at some columns of a row and even elsewhere.
   void spread_teacher(int64_t r) {
-    const Support<Real> support(problem, r, w);
-    const Real nothing = support.broken ? Real(NAN) : support.log_share(problem.vocab);
-    known = {support.column, support.begin, support.log_p, nothing};
+    Support<Real> support(problem, r, w);
+    const Real share = support.log_share(problem.vocab);
+    known = {support.column, support.begin, support.log_p, support.broken ? Real(NAN) : share};
     teacher.known = &known;
   }
 

@@ -73,9 +73,11 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   bool broken = false;       // a column that does not exist, or one twice
   int64_t count = 0;         // of the known columns
   Real gain2, t_gain, shift = 0, rest_shift = 0, log_rest = 0;
+  Real t_shift = 0;                      // of the known log-probabilities at their temperature
   double rest_sum = 0, rest_in_row = 0;  // relative to rest_shift, to shift
   double z_lse = 0, t_lse = 0;           // of the outcomes, the student's relative to shift
   double teacher_mass = 1;
+  double given_log_rest = 0;  // log of what the others have; 0, which no rest can be, if not given
 
   __device__ DeviceSparseRow(const Problem<Real>& problem, int64_t r, SharedPointer<uint32_t> bits)
       : Base(problem, r, SharedPointer<In>()),
@@ -105,9 +107,10 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   __device__ void mark() {
     for (int64_t j = T::rank(); j < (problem.vocab + 31) / 32; j += kThreads) bits[j] = 0;
     T::sync();
-    double found[2] = {};
+    double found[3] = {};
     for (int64_t i = T::rank(); i < problem.sparse.k; i += kThreads) {
-      if (ids[i] >= problem.vocab) found[1] = 1;
+      if (ids[i] >= problem.vocab || ids[i] < kRestId) found[1] = 1;
+      if (ids[i] == kRestId) found[2] = double(log_p(i));
       if (ids[i] < 0 || ids[i] >= problem.vocab) continue;
       const uint32_t bit = 1u << (ids[i] % 32);
       // A sum is the union as long as no bit comes twice; one that does is seen.
@@ -118,6 +121,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     T::reduce(found, Add());
     count = int64_t(found[0]);
     broken = found[1] > 0;
+    given_log_rest = found[2];
   }
 
   // Pass 1, and the log-sum-exps of both sides' outcomes.
@@ -133,21 +137,26 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
         rest.add(x, gain2, Real(0));
       });
     }
-    Real maxima[2] = {rest.max, Real(-INFINITY)};
-    each_known([&](int64_t, int64_t j) {
-      const Real x = student.column(j);
+    Real maxima[3] = {rest.max, Real(-INFINITY), Real(-INFINITY)};
+    each_known([&](int64_t i, int64_t j) {
+      const Real x = student.column(j), y = log_p(i) * t_gain;
       maxima[1] = x > maxima[1] ? x : maxima[1];
+      maxima[2] = y > maxima[2] ? y : maxima[2];
     });
     T::reduce(maxima, Largest());
     rest_shift = RunningSum<Real>::shift_of(maxima[0]);
     shift = RunningSum<Real>::shift_of(maxima[0] > maxima[1] ? maxima[0] : maxima[1]);
+    const bool as_they_are = problem.sparse.tail == kDrop && !support_alone;
+    const bool bucket = problem.sparse.tail == kBucket && !support_alone;
+    // Probabilities that are to be scaled may all be small.
+    if (!as_they_are && !bucket) t_shift = RunningSum<Real>::shift_of(maxima[2]);
     rest.rescale(rest_shift, gain2, Real(0));
     double sums[4] = {double(rest.sum), 0, 0, 0};  // of the rest, known: q, p, p at its temperature
     each_known([&](int64_t i, int64_t j) {
       const Real x = log_p(i);
       sums[1] += double(fast_exp2((student.column(j) - shift) * gain2));
-      sums[2] += double(fast_exp2(x * Real(kLog2e)));
-      sums[3] += double(fast_exp2(x * t_gain * Real(kLog2e)));
+      sums[2] += ::exp(double(x));
+      sums[3] += double(fast_exp2((x * t_gain - t_shift) * Real(kLog2e)));
     });
     T::reduce(sums, Add());
     rest_sum = sums[0];
@@ -155,24 +164,26 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
                       ? sums[0] * ::exp(double(student.gain) * (double(rest_shift) - double(shift)))
                       : sums[0];
     const double total = support_alone ? sums[1] : sums[1] + rest_in_row;
-    const double rest_p = count == problem.vocab || sums[2] > 1 ? 0 : 1 - sums[2];
+    if (!support_alone && sums[2] > kMostMass) broken = true;
+    const double left = 1 - sums[2], least = sizeof(Real) == 4 ? 0x1p-24 : 0x1p-53;
+    double log_of_rest = given_log_rest < 0 ? given_log_rest : ::log(left > least ? left : least);
+    if (count == problem.vocab || as_they_are || !(bucket || even)) log_of_rest = -INFINITY;
     double teacher_total = sums[3];
     if (even) {
-      log_rest = Real(::log(rest_p / double(problem.vocab - count)));
-      if (rest_p > 0)
-        teacher_total += double(problem.vocab - count) * ::exp(double(t_gain) * double(log_rest));
-    } else if (problem.sparse.tail == kBucket && !support_alone) {
-      log_rest = Real(::log(rest_p));
-      teacher_total += rest_p;
+      log_rest = Real(log_of_rest - ::log(double(problem.vocab - count)));
+      if (log_rest > -INFINITY)
+        teacher_total += double(problem.vocab - count) *
+                         ::exp(double(t_gain) * double(log_rest) - double(t_shift));
     } else {
-      log_rest = -INFINITY;
-      if (problem.sparse.tail == kDrop && !support_alone) {
-        teacher_mass = sums[3];
-        teacher_total = 1;
-      }
+      log_rest = Real(log_of_rest);
+      if (bucket) teacher_total += ::exp(log_of_rest);
+    }
+    if (as_they_are) {
+      teacher_mass = sums[3];
+      teacher_total = 1;
     }
     z_lse = ::log(total);
-    t_lse = ::log(teacher_total);
+    t_lse = double(t_shift) + ::log(teacher_total);
     scalars.z_gain = student.gain;
     scalars.t_gain = t_gain;
     scalars.ratio = student.gain / t_gain;
@@ -187,7 +198,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   __device__ Element<Real> element(Real x, Real log_p) const {
     x -= shift;
     return make_element(scalars, x, log_p, fast_exp2(x * gain2),
-                        fast_exp2(log_p * t_gain * Real(kLog2e)), 0);
+                        fast_exp2((log_p * t_gain - t_shift) * Real(kLog2e)), 0);
   }
   // Of all columns that are not known.
   __device__ Element<Real> rest_outcome() const {
@@ -250,10 +261,13 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     const auto write = [&](int64_t j, Real g, Real x) {
       with_type(dtype, row, [&](auto* out) { narrow(with_cap(with_label(g, x, j), x), out[j]); });
     };
+    if (broken) {  // the bits may be wrong, too
+      for (int64_t j = T::rank(); j < problem.vocab; j += kThreads) write(j, Real(NAN), Real(NAN));
+      return;
+    }
     Real factor = 0;  // of an unknown column's exponential
-    if (!even && !support_alone && rest_sum > 0)
+    if (!even && !support_alone && rest_sum != 0)
       factor = Real(double(slope_of(rest_outcome(), H)) / rest_sum);
-    if (support_alone && broken) factor = NAN;
     each_chunk([&](int, int64_t start) {
       Real x[kSize], g[kSize];
       student.load(start, x);

@@ -9,6 +9,7 @@ struct Support {
   int64_t count = 0;
   int32_t *column, *begin;  // of block b: begin[b] ... begin[b + 1] - 1
   Real* log_p;
+  Real log_rest = NAN;  // of what the others have, if that was given
   bool broken = false;  // a column that does not exist, or one twice
 
   Support(const Problem<Real>& problem, int64_t r, const Workspace<Real>& w)
@@ -17,7 +18,7 @@ struct Support {
     const int64_t blocks = (problem.vocab + kBlock - 1) / kBlock;
     for (int64_t b = 0; b <= blocks; ++b) begin[b] = 0;
     for (int64_t i = 0; i < problem.sparse.k; ++i) {
-      broken = broken || ids[i] >= problem.vocab;
+      broken = broken || ids[i] >= problem.vocab || ids[i] < kRestId;
       if (ids[i] < 0 || ids[i] >= problem.vocab) continue;
       ++begin[ids[i] / kBlock];
       ++count;
@@ -26,6 +27,7 @@ struct Support {
     for (int64_t b = 0; b < blocks; ++b) begin[b + 1] += begin[b];
     with_type(problem.teacher.rows.dtype, row_of(problem.teacher.rows, r), [&](auto* x) {
       for (int64_t i = problem.sparse.k - 1; i >= 0; --i) {
+        if (ids[i] == kRestId) log_rest = Real(widen(x[i]));
         if (ids[i] < 0 || ids[i] >= problem.vocab) continue;
         const int32_t at = --begin[ids[i] / kBlock];
         column[at] = ids[i];
@@ -40,15 +42,20 @@ struct Support {
     }
   }
 
-  // Of probabilities whose known ones add up to this, what the other columns have.
-  double rest(double known, int64_t vocab) const {
-    return count == vocab || known > 1 ? 0 : 1 - known;
-  }
-  // Each other column's log-probability, if they share that evenly.
-  Real log_share(int64_t vocab) const {
+  // log of what the columns have that are not known. Where it was not given, what the known ones leave
+  // of 1, and not less than their rounding leaves open.
+  double log_of_rest(int64_t vocab) {
+    if (count == vocab) return -INFINITY;
+    if (log_rest == log_rest) return log_rest;
     double known = 0;
     for (int64_t i = 0; i < count; ++i) known += std::exp(double(log_p[i]));
-    return Real(std::log(rest(known, vocab) / double(vocab - count)));
+    broken = broken || known > kMostMass;
+    const double left = 1 - known, least = sizeof(Real) == 4 ? 0x1p-24 : 0x1p-53;
+    return std::log(left > least ? left : least);
+  }
+  // Each other column's, if they share that evenly.
+  Real log_share(int64_t vocab) {
+    return Real(log_of_rest(vocab) - std::log(double(vocab - count)));
   }
 };
 
@@ -131,10 +138,11 @@ struct SparseRow {
     write_value(problem, r, value, label);
     if (problem.stats != nullptr) write_stats<Real>(problem, r, stats);
     if (problem.gradient.data == nullptr) return;
+    if (support.broken) weight = NAN;
     block_combine(padded(outcomes), q, p, Uniform<Real>(Real(slope)), Uniform<Real>(weight),
                   slopes);
-    if (support.broken) fill(slopes, 0, NAN);
-    write_gradient(support_alone ? Real(0) : slopes[support.count]);
+    const Real nothing = support.broken ? Real(NAN) : Real(0);
+    write_gradient(support_alone ? nothing : slopes[support.count]);
   }
 
  private:
@@ -236,24 +244,35 @@ struct SparseRow {
   // The same of the teacher.
   double teacher_outcomes() {
     const Real gain = Real(1 / problem.teacher.temperature);
-    for (int64_t i = 0; i < support.count; ++i) t[i] = gain * support.log_p[i];
+    const bool as_they_are = problem.sparse.tail == kDrop && !support_alone;
+    const bool bucket = problem.sparse.tail == kBucket && !support_alone;
+    Real top = -INFINITY;
+    for (int64_t i = 0; i < support.count; ++i) {
+      t[i] = gain * support.log_p[i];
+      top = larger(t[i], top);
+    }
     fill(t, support.count, -INFINITY);
+    // Probabilities that are to be scaled may all be small.
+    if (as_they_are || bucket || !(top > -INFINITY)) top = 0;
     double known = 0;
 #pragma omp simd
-    for (int64_t i = 0; i < padded(outcomes); ++i) p[i] = fast_exp2(t[i] * Real(kLog2e));
+    for (int64_t i = 0; i < padded(outcomes); ++i) p[i] = fast_exp2((t[i] - top) * Real(kLog2e));
     for (int64_t i = 0; i < support.count; ++i) known += double(p[i]);
-    if (problem.sparse.tail == kDrop && !support_alone) {
+    if (as_they_are) {
+      support.broken = support.broken || known > kMostMass;
       teacher_mass = known;
       return 0;
     }
-    double rest = 0;
-    if (problem.sparse.tail == kBucket && !support_alone) {
-      rest = support.rest(known, problem.vocab);
-      t[support.count] = Real(std::log(rest));
-      p[support.count] = Real(rest);
+    double sum = known;
+    if (bucket) {
+      const double log_rest = support.log_of_rest(problem.vocab);
+      t[support.count] = Real(log_rest);
+      p[support.count] = Real(std::exp(log_rest));
+      sum += std::exp(log_rest);
+      support.broken = support.broken || sum > kMostMass;
     }
-    for (int64_t i = 0; i < outcomes; ++i) p[i] = Real(double(p[i]) / (known + rest));
-    return std::log(known + rest);
+    for (int64_t i = 0; i < outcomes; ++i) p[i] = Real(double(p[i]) / sum);
+    return double(top) + std::log(sum);
   }
   void fill(Real* x, int64_t from, Real value) const {
     for (int64_t i = from; i < padded(outcomes); ++i) x[i] = value;
@@ -289,7 +308,7 @@ struct SparseRow {
   // rest: the gradient of the last outcome, which its columns share out by their probabilities.
   void write_gradient(Real rest) {
     char* row = row_of(problem.gradient, r);
-    const bool nothing = support_alone || !(rest_sum > 0);
+    const bool nothing = (support_alone || rest_sum == 0) && rest == rest;
     if (nothing && !label.on && student.cap == 0) {
       const int64_t bytes = problem.vocab * element_size(problem.gradient.dtype);
       for (int64_t i = 0; i < bytes; ++i) row[i] = 0;

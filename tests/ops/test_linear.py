@@ -354,7 +354,7 @@ def test_opcheck(namespace, request):
     teacher = (t.hidden, t.weight, t.bias, None)
     common = (*p.leaves, *teacher, numbers, p.labels, p.labels > 50, 3, 0, -1)
     for product in (None, torch.bfloat16):
-        rows = (*common, product, 4)
+        rows = (*common, product, product, 4)
         torch.library.opcheck(S.linear_divergence.default, (*rows, True, True))
         rows = (*(x.detach() if isinstance(x, torch.Tensor) else x for x in rows), torch.rand(N))
         torch.library.opcheck(S.linear_divergence_gradient.default, (*rows, True, True, True))

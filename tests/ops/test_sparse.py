@@ -48,14 +48,15 @@ def ragged(teacher, row=1):
     """With two columns fewer in one row."""
     ids, log_probs = teacher.ids.clone(), teacher.log_probs.clone()
     ids[row, 1:3], log_probs[row, 1:3] = -1, -torch.inf
-    return dataclasses.replace(teacher, ids=ids, log_probs=log_probs)
+    return dataclasses.replace(teacher, ids=ids, log_probs=log_probs, log_rest=None)
 
 
 def compare(z, teacher, kind, dtype, inplace=True, **arguments):
     """Value, statistics and gradients of every form against the reference."""
     low = z.to(dtype)
     exact = low.double().requires_grad_()
-    double = dataclasses.replace(teacher, log_probs=teacher.log_probs.double())
+    rest = None if teacher.log_rest is None else teacher.log_rest.double()
+    double = dataclasses.replace(teacher, log_probs=teacher.log_probs.double(), log_rest=rest)
     call = check_call(
         exact,
         double,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .kinds import CrossEntropy, Kind, Number, SupportKL, as_kind
 from .sparse_teacher import TAILS, SparseTeacher
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Call(NamedTuple):
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 def _check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V >= 1, got {tuple(logits.shape)}")
@@ -160,7 +160,8 @@ def check_call(
     call = Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
     if sparse is None:
         return call
-    return call._replace(ids=sparse.ids, tail=TAILS.index(sparse.tail))
+    ids, log_probs = sparse.packed()
+    return call._replace(teacher=log_probs, ids=ids, tail=TAILS.index(sparse.tail))
 
 
 def _check_sparse(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .divergence_arguments import Call
 from .kinds import DKD, TAID, ULD, SupportKL
-from .sparse_teacher import TAILS
+from .sparse_teacher import TAILS, log_of_rest
 
 
 def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,8 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
     value = torch.zeros(z.shape[:-1], dtype=call.result, device=z.device)
     stats = _student_stats(lq, z / temperature) if want_stats else value.new_empty(0)
     if call.ids is not None:
-        value, stats = _of_sparse(call, z / temperature, teacher_temperature, a, b)
+        value, of_sparse = _of_sparse(call, z / temperature, teacher_temperature, a, b)
+        stats = of_sparse if want_stats else stats
         value = (1 - label_weight) * factor * value
     elif call.kind.needs_teacher:
         every = call.vocab < 0 and not call.kind.pairs_columns
@@ -77,20 +78,26 @@ def _outcomes(call: Call, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tenso
     are still to be normalised."""
     lq, present, tail = z.log_softmax(-1), call.ids >= 0, TAILS[call.tail]
     columns = torch.where(present, call.ids, 0).long()
-    known = torch.where(present, call.teacher.to(call.result), -torch.inf)
+    log_probs = call.teacher.to(call.result)
+    known = torch.where(present, log_probs, -torch.inf)
     # Columns that are none add nothing to column 0.
     is_known = torch.zeros_like(lq).scatter_add(-1, columns, present.to(lq.dtype)) > 0
-    rest = (1 - known.exp().sum(-1, keepdim=True)).clamp(min=0)
-    rest = torch.where(is_known.all(-1, keepdim=True), 0, rest)
+    given = torch.where(call.ids == -2, log_probs, 0).sum(-1, keepdim=True)
+    rest = torch.where((call.ids == -2).any(-1, keepdim=True), given, log_of_rest(known, None))
+    rest = torch.where(is_known.all(-1, keepdim=True), -torch.inf, rest).to(call.result)
     at_known = torch.where(present, z.gather(-1, columns), -torch.inf)
     if isinstance(call.kind, SupportKL):
         return at_known, known / temperature
     if tail == "uniform":
-        share = rest / (~is_known).sum(-1, keepdim=True).clamp(min=1)
-        spread = torch.zeros_like(lq).scatter_add(-1, columns, torch.where(present, known.exp(), 0))
-        return z, torch.where(is_known, spread, share).log() / temperature
+        others = (~is_known).sum(-1, keepdim=True).clamp(min=1)
+        share = rest - others.to(call.result).log()
+        spread = torch.full_like(lq, -torch.inf).scatter_reduce(-1, columns, known, "amax")
+        return z, torch.where(is_known, spread, share) / temperature
     of_rest = z.masked_fill(is_known, -torch.inf).logsumexp(-1, keepdim=True)
-    rest = rest.log() if tail == "bucket" else torch.full_like(rest, -torch.inf)
+    if tail != "bucket":
+        rest = torch.full_like(rest, -torch.inf)
+    if tail != "renormalize" and temperature != 1:
+        raise RuntimeError(f'the tail "{tail}" of a sparse teacher is known at its own temperature')
     return torch.cat([at_known, of_rest], -1), torch.cat([known / temperature, rest], -1)
 
 
@@ -104,6 +111,8 @@ def _of_sparse(
     value = _REFERENCE[number](lq, lp, a, b).sum(-1)
     if number in _FINISH:
         value = _FINISH[number](value, a)
+    if isinstance(call.kind, SupportKL):  # of no column there is nothing to compare
+        value = torch.where((call.ids >= 0).any(-1), value, 0)
     stats = _reference_stats(lq, lp, of_student, of_teacher, True)
     if not normalised:
         stats[5] = 0

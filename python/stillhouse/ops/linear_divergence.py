@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 
 from .divergence import Stats, unpack_stats
-from .divergence_arguments import Call, check_call, check_labels, check_rows, loss_weight
+from .divergence_arguments import (
+    DTYPES,
+    Call,
+    check_call,
+    check_labels,
+    check_rows,
+    loss_weight,
+)
 from .divergence_autograd import divergence_rows, has_kernel, kernels
 from .kinds import Kind, Number
 from .linear_divergence_autograd import Arguments, LossWithGradients
 from .sparse_teacher import SparseTeacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearTeacher:
     """A teacher as hidden states and output head: its logits are `hidden @ weight.T + bias`.
 
@@ -39,6 +46,10 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}'s {what} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}'s {what} must be float32, bfloat16, float16 or float64, got {x.dtype}"
+            )
         if x.device != hidden.device:
             raise ValueError(f"{name}'s {what} is on {x.device}, its hidden on {hidden.device}")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -238,27 +249,27 @@ def _check(
     check_head("student", hidden, weight, bias)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    heads = [(hidden, weight, bias)]
+    product = _product("student", hidden, weight, bias)
+    teacher_product = None
     if isinstance(teacher, LinearTeacher):
-        shared = teacher.weight is weight
-        _check_frozen(teacher.hidden, *((None, None) if shared else (teacher.weight, teacher.bias)))
-        heads.append((teacher.hidden, teacher.weight, teacher.bias))
+        # What both sides share is the student's.
+        own = [x for x in (teacher.weight, teacher.bias) if x is not weight and x is not bias]
+        _check_frozen(teacher.hidden, *own)
+        head = teacher.hidden, teacher.weight, teacher.bias
+        teacher_product = _product("LinearTeacher", *head)
     elif isinstance(teacher, Tensor):
         _check_frozen(teacher)
-    product = _autocast_dtype([x for head in heads for x in head if x is not None])
-    for head, name in zip(heads, ("student", "LinearTeacher"), strict=False):
-        _check_dtypes(name, *head, product)
 
     # What the checks of logits ask for: shape, dtype, device, without the memory.
-    def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    def logits_of(hidden: Tensor, weight: Tensor, product: torch.dtype | None) -> Tensor:
         dtype = product or weight.dtype
         return hidden.new_empty((), dtype=dtype).expand(*hidden.shape[:-1], weight.shape[0])
 
     teacher_logits = teacher
     if isinstance(teacher, LinearTeacher):
-        teacher_logits = logits_of(teacher.hidden, teacher.weight)
+        teacher_logits = logits_of(teacher.hidden, teacher.weight, teacher_product)
     call = check_call(
-        logits_of(hidden, weight),
+        logits_of(hidden, weight, product),
         teacher_logits,
         kind,
         temperature,
@@ -275,8 +286,8 @@ def _check(
 
     rows = (call.teacher, None, None)
     if isinstance(teacher, LinearTeacher):
-        shared = None if teacher.bias is None else teacher.bias.detach()
-        rows = (teacher.hidden, teacher.weight.detach(), shared)
+        detached = None if teacher.bias is None else teacher.bias.detach()
+        rows = (teacher.hidden, teacher.weight.detach(), detached)
     return call, Arguments(
         flat(hidden),
         weight,
@@ -291,6 +302,7 @@ def _check(
         call.tail,
         call.vocab,
         product,
+        teacher_product,
         chunk_rows or 0,
     )
 
@@ -316,20 +328,21 @@ def _check_frozen(*tensors: Tensor | None) -> None:
         )
 
 
-def _check_dtypes(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype | None
-) -> None:
-    found = {x.dtype for x in (hidden, weight, bias) if x is not None}
-    if product is None and len(found) > 1:
+def _product(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> torch.dtype | None:
+    """What a side's products are made in: autocast's dtype, which leaves float64 alone, or None for
+    that of the tensors."""
+    device, found = hidden.device.type, {x.dtype for x in (hidden, weight, bias) if x is not None}
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in found
+    ):
+        return torch.get_autocast_dtype(device)
+    if len(found) > 1:
         raise TypeError(
             f"{name}: hidden, weight and bias must have one dtype outside autocast, got "
             f"{hidden.dtype}, {weight.dtype}" + ("" if bias is None else f" and {bias.dtype}")
         )
-
-
-def _autocast_dtype(tensors: list[Tensor]) -> torch.dtype | None:
-    """What autocast would make the products in; it leaves float64 alone."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in tensors):
-        return None
-    return torch.get_autocast_dtype(device)
+    return None

@@ -50,7 +50,11 @@ class _Scratch(threading.local):
         buffer = self._buffers.get(side)
         if buffer is None or buffer.numel() < count:
             self._buffers.pop(side, None)
-            buffer = self._buffers[side] = torch.empty(count, dtype=torch.uint8)
+            # One of the inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
+            if count <= 2 * _CHUNK_BYTES:  # not what a caller's own chunk_rows asks for
+                self._buffers[side] = buffer
         return buffer[:count].view(like.dtype).view(shape)
 
 
@@ -58,7 +62,10 @@ _scratch = _Scratch()
 
 
 def _add(total: Tensor, x: Tensor) -> None:
-    """total += x of a narrower type, in pieces that stay in cache: torch's mixed sum is slow."""
+    """total += x of a narrower type. On the CPU torch's mixed sum is slow: pieces in cache."""
+    if not x.is_cpu:
+        total += x
+        return
     rows = max(1, (4 << 20) // (total[0].numel() * total.itemsize))
     for piece, of_x in zip(total.split(rows), x.split(rows), strict=True):
         piece += of_x.to(total.dtype)
@@ -105,20 +112,21 @@ class _Gradients:
         bias: Tensor | None,
         wanted: tuple[bool, bool, bool],
         single: bool,
+        dtypes: tuple[torch.dtype, ...],
     ):
         self.head = head
         hidden_wanted, weight_wanted, bias_wanted = wanted
         # Rows that do not count are not written to.
         shape = head.hidden.shape if hidden_wanted else 0
-        self.hidden = head.hidden.new_zeros(shape)
+        self.hidden = head.hidden.new_zeros(shape, dtype=dtypes[0])
         self.bias = weight.new_zeros(len(bias) if bias_wanted else 0, dtype=_wide(weight.dtype))
-        self._bias_dtype = weight.dtype if bias is None else bias.dtype
-        self.weight = weight.new_empty(0)
+        self._bias_dtype = dtypes[2]
+        self.weight = weight.new_empty(0, dtype=dtypes[1])
         if weight_wanted:
-            self.weight = weight.new_empty(weight.shape)
+            self.weight = weight.new_empty(weight.shape, dtype=dtypes[1])
             self.weight[len(head.weight) :] = 0
             out = self._product = self._sum = self.weight[: len(head.weight)]
-            product, wide = head.weight.dtype, _wide(weight.dtype)
+            product, wide = head.weight.dtype, _wide(dtypes[1])
             if product != out.dtype:
                 self._product = torch.empty_like(out, dtype=product)
             if wide != out.dtype and not single:
@@ -147,11 +155,15 @@ class _Gradients:
         else:
             total.copy_(product)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, unscale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the chunks have added up to, times `unscale`."""
         if self.weight.numel() and not self._started:
             self.weight.zero_()
         elif self.weight.numel() and self._sum.dtype != self.weight.dtype:
             self.weight[: len(self._sum)] = self._sum
+        if unscale is not None:
+            for gradient in (self.hidden, self.weight, self.bias):
+                gradient *= unscale
         return self.hidden, self.weight, self.bias.to(self._bias_dtype)
 
 
@@ -171,15 +183,23 @@ class Arguments(NamedTuple):
     kind: int
     tail: int
     vocab: int
-    product: torch.dtype | None  # of both sides' products; None: that of each side's weight
+    product: torch.dtype | None  # of the student's products; None: the weight's
+    teacher_product: torch.dtype | None
     chunk_rows: int  # 0: as measured to be best
 
     @property
     def result(self) -> torch.dtype:
         teacher = self.teacher if self.teacher_weight is None else self.teacher_weight
-        own = (self.weight, teacher) if self.product is None else (teacher,)
-        double = any(x is not None and x.dtype == torch.float64 for x in own)
-        return torch.float64 if double else torch.float32
+        sides = [self.product or self.weight.dtype]
+        if teacher is not None:
+            sides.append(self.teacher_product or teacher.dtype)
+        return torch.float64 if torch.float64 in sides else torch.float32
+
+    @property
+    def half(self) -> bool:
+        """Whether gradients of the loss form come in float32 whatever their tensors are: float16
+        has no room for what a loss scale is still to multiply."""
+        return (self.product or self.weight.dtype) == torch.float16
 
 
 _COMMON, _TENSORS = len(Arguments._fields), Arguments._fields.index("kind")
@@ -205,7 +225,7 @@ class _Call:
         self.head = _Head(a.hidden, a.weight, a.bias, a.vocab, a.product or a.weight.dtype, 0)
         self.teacher = None
         if a.teacher_weight is not None:
-            product = a.product or a.teacher_weight.dtype
+            product = a.teacher_product or a.teacher_weight.dtype
             self.teacher = _Head(a.teacher, a.teacher_weight, a.teacher_bias, a.vocab, product, 1)
         _check_labels(a.labels, len(self.head.weight))
         rows, index = len(a.hidden), None
@@ -222,21 +242,27 @@ class _Call:
         a = self.arguments
         for rows in self.parts:
             x = self.head.inputs(rows)
-            teacher = None if a.teacher is None else a.teacher[rows]
             if self.teacher is not None:
                 teacher = self.teacher.logits(self.teacher.inputs(rows))
+            else:
+                teacher = None if a.teacher is None else a.teacher[rows]
             labels = None if a.labels is None else a.labels[rows]
             sparse = {} if a.ids is None else {"ids": a.ids[rows], "tail": a.tail}
             before = (self.head.logits(x), teacher, a.numbers)
             yield rows, x, before, (labels, a.kind, a.vocab), sparse
 
     def gradients(self, *wanted: bool) -> _Gradients:
-        single = len(self.parts) == 1
-        return _Gradients(self.head, self.arguments.weight, self.arguments.bias, wanted, single)
+        a, single = self.arguments, len(self.parts) == 1
+        return _Gradients(self.head, a.weight, a.bias, wanted, single, _gradient_dtypes(a))
 
     def stats(self, wanted: bool) -> Tensor:
         a = self.arguments
         return a.hidden.new_zeros((7, len(a.hidden)) if wanted else (0,), dtype=a.result)
+
+
+def _gradient_dtypes(a: Arguments) -> tuple[torch.dtype, ...]:
+    own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
+    return tuple(torch.float32 if a.half else x.dtype for x in own)
 
 
 def _implementations(namespace: str) -> dict[str, Any]:
@@ -261,6 +287,11 @@ def _implementations(namespace: str) -> dict[str, Any]:
         *common, row_weight, want_stats, want_hidden, want_weight, want_bias = arguments
         call = _Call(a := Arguments(*common))
         loss, stats = a.hidden.new_zeros((), dtype=torch.float64), call.stats(want_stats)
+        unscale = None
+        if a.half and len(row_weight):
+            # float16 holds gradients of rows that weigh about 1.
+            unscale = row_weight.abs().amax().clamp(min=1e-30).log2().ceil().exp2()
+            row_weight = row_weight / unscale
         gradients = call.gradients(want_hidden, want_weight, want_bias)
         for rows, x, before, after, sparse in call:
             arguments = (*before, row_weight[rows], *after, want_stats)
@@ -269,24 +300,40 @@ def _implementations(namespace: str) -> dict[str, Any]:
             if want_stats:
                 stats[:, rows] = of_chunk
             gradients.add(rows, x, before[0])
-        return loss.to(a.result), stats, *gradients.finish()
+        loss = loss if unscale is None else loss * unscale
+        return loss.to(a.result), stats, *gradients.finish(unscale)
 
     def gradient_op(*arguments):
         *common, row_weight, want_hidden, want_weight, want_bias = arguments
+        a = Arguments(*common)
         _, _, *gradients = loss_op(*common, row_weight, False, want_hidden, want_weight, want_bias)
-        return tuple(gradients)
+        own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
+        return tuple(g.to(x.dtype) for g, x in zip(gradients, own, strict=True))
 
-    return {
+    def outside_autocast(op):
+        def call(*arguments):
+            device = arguments[0].device.type
+            if not torch.amp.is_autocast_available(device):
+                return op(*arguments)
+            with torch.autocast(device, enabled=False):
+                return op(*arguments)
+
+        return call
+
+    ops = {
         "linear_divergence": rows_op,
         "linear_divergence_loss": loss_op,
         "linear_divergence_gradient": gradient_op,
     }
+    # The arguments say what the products are made in.
+    return {name: outside_autocast(op) for name, op in ops.items()}
 
 
-def _fake_gradients(a: Arguments, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(a: Arguments, dtypes: Any, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
     likes = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
     return tuple(
-        like.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True)
+        like.new_empty(like.shape if want else 0, dtype=dtype)
+        for like, want, dtype in zip(likes, wanted, dtypes, strict=True)
     )
 
 
@@ -296,17 +343,20 @@ def _fake_rows(*arguments):
     rows = a.hidden.shape[0]
     value = a.hidden.new_empty(rows, dtype=a.result)
     stats = value.new_empty((7, rows) if want_stats else (0,))
-    return value, stats, _fake_gradients(a, want_hidden, False, False)[0]
+    return value, stats, _fake_gradients(a, _gradient_dtypes(a), want_hidden, False, False)[0]
 
 
 def _fake_gradient(*arguments):
-    return _fake_gradients(Arguments(*arguments[:_COMMON]), *arguments[_COMMON + 1 :])
+    a = Arguments(*arguments[:_COMMON])
+    own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
+    return _fake_gradients(a, [x.dtype for x in own], *arguments[_COMMON + 1 :])
 
 
 def _fake_loss(*arguments):
     *common, _, want_stats, want_hidden, want_weight, want_bias = arguments
     value, stats, _ = _fake_rows(*common, want_stats, False)
-    gradients = _fake_gradients(Arguments(*common), want_hidden, want_weight, want_bias)
+    a = Arguments(*common)
+    gradients = _fake_gradients(a, _gradient_dtypes(a), want_hidden, want_weight, want_bias)
     return value.new_empty(()), stats, *gradients
 
 
@@ -334,7 +384,9 @@ def _backward(ctx, upstream, *_):
     wanted = ctx.needs_input_grad[:3]
     if wanted == (True, False, False) and rows_gradient.numel():
         # A row's gradient is a multiple of the weight it gets: nothing has to be made again.
-        gradient = (rows_gradient.detach() * upstream.detach()[:, None]).to(rows_gradient.dtype)
+        weight = upstream.detach()[:, None]
+        gradient = torch.where(weight == 0, 0, rows_gradient.detach() * weight)
+        gradient = gradient.to(tensors[0].dtype)
         if torch.is_grad_enabled():
             gradient = _LastDerivative.apply(gradient, tensors[0], upstream)
         gradients = gradient, None, None
@@ -354,6 +406,7 @@ class LossWithGradients(torch.autograd.Function):
         ctx.wanted = inputs[-3:]
         learning = next(x for x, wanted in zip(inputs, ctx.wanted, strict=False) if wanted)
         ctx.save_for_backward(*gradients, learning)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.mark_non_differentiable(stats)
         ctx.spent = False
         return loss, stats
@@ -368,6 +421,7 @@ class LossWithGradients(torch.autograd.Function):
                 gradients[i] = None
                 continue
             divergence_autograd.kernels().scale_(gradients[i], upstream)
+            gradients[i] = gradients[i].to(ctx.dtypes[i])
             if torch.is_grad_enabled():
                 gradients[i] = _LastDerivative.apply(gradients[i], learning, upstream)
         return *gradients, *([None] * (_COMMON + 5 - 3))

@@ -17,7 +17,7 @@ _SLACK = 1e-3
 _ELEMENTS = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseTeacher:
     """Log-probabilities of k columns of each row, and what is taken to be true of the others.
 
@@ -33,13 +33,16 @@ class SparseTeacher:
             missing; "renormalize": they have nothing, and the known ones are scaled to sum 1;
             "uniform": they share the missing mass evenly; "drop": the known ones are taken as they
             are, of a teacher whose sum is below 1 (forward KL and its cross-entropy alone).
+        log_rest: [...], the logarithm of the other columns' mass, if it is known. Else it is what
+            the known columns leave of 1, but at least 2^-24 (2^-53 in float64): less than that
+            their rounding hides.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: shapes that disagree, more columns than the vocabulary has, ids outside it or
             twice in a row, probabilities that add up to more than 1, an unknown tail. On an
             accelerator the values are not looked at, which would wait for it: a row with such ids
-            is NaN.
+            is NaN. So it is inside `torch.compile`.
 
     Example:
         >>> import torch
@@ -57,7 +60,8 @@ class SparseTeacher:
     vocab_size: int
     temperature: float = 1.0
     tail: str = "bucket"
-    _trusted: bool = field(default=False, repr=False, compare=False)
+    log_rest: Tensor | None = None
+    _trusted: bool = field(default=False, repr=False)
 
     TAILS: ClassVar[tuple[str, ...]] = TAILS
 
@@ -84,12 +88,20 @@ class SparseTeacher:
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
         if self.tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
+        rest = self.log_rest
+        if rest is not None and (rest.shape != ids.shape[:-1] or not rest.is_floating_point()):
+            raise ValueError(
+                f"log_rest must be floating-point {tuple(ids.shape[:-1])}, one a row, got "
+                f"{rest.dtype} {tuple(rest.shape)}"
+            )
         if log_probs.dtype not in (torch.float32, torch.float64):
             object.__setattr__(self, "log_probs", log_probs.float())
         if not self._trusted and ids.is_cpu and not torch.compiler.is_compiling():
             self._check_values()
         if ids.dtype != torch.int32:
-            object.__setattr__(self, "ids", ids.int())
+            # What 32 bits cannot hold is no column either, and is not to become one.
+            outside = (ids < -1) | (ids > self.vocab_size)
+            object.__setattr__(self, "ids", torch.where(outside, self.vocab_size, ids).int())
         object.__setattr__(self, "_trusted", False)  # of this object; another may be made of it
 
     def _check_values(self) -> None:
@@ -109,6 +121,8 @@ class SparseTeacher:
             raise ValueError(f"id {int(ordered[row, column])} comes twice in row {row}")
         mass = torch.where(ids >= 0, log_probs, -torch.inf).exp().sum(-1, dtype=torch.float64)
         above = mass > 1 + _SLACK
+        if self.log_rest is not None:
+            above |= mass + self.log_rest.reshape(-1).exp() > 1 + _SLACK
         if above.any():
             row = int(above.nonzero()[0])
             raise ValueError(
@@ -131,6 +145,7 @@ class SparseTeacher:
 
         Raises ValueError unless k in [1, V] or p in (0, 1] is given.
         """
+        _check_logits(logits, temperature)
         columns = logits.shape[-1]
         if k is None and p is None:
             raise ValueError("from_logits needs k= (columns) or p= (mass)")
@@ -138,24 +153,26 @@ class SparseTeacher:
             raise ValueError(f"k must lie in [1, {columns}], got {k}")
         if p is not None and not 0 < p <= 1:
             raise ValueError(f"p must lie in (0, 1], got {p}")
-        logits = logits.detach()
-        limit = columns if k is None else k
-        top, ids, log_sum = None, None, _log_sum_exp(logits, temperature)
+        rows = logits.detach().reshape(-1, columns)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        count = limit if p is None else min(limit, 64)
-        while True:
-            top, ids = logits.topk(count, -1)
-            log_probs = (top.to(log_sum.dtype) / temperature - log_sum[..., None]).to(wide)
-            if p is None:
-                break
-            mass = log_probs.exp().cumsum(-1, dtype=torch.float64)
-            if count == limit or bool((mass[..., -1] >= p).all()):
-                needed = torch.zeros_like(ids, dtype=torch.bool)
-                needed[..., 0], needed[..., 1:] = True, mass[..., :-1] < p
-                ids, log_probs = _padded(ids, log_probs, needed)
-                break
-            count = min(limit, 4 * count)
-        return cls(ids.int(), log_probs, columns, temperature, tail, _trusted=True)
+        parts = [
+            _largest(part, columns if k is None else k, p, temperature)
+            for part in rows.split(max(1, _ELEMENTS // columns))
+        ]
+        width = max(ids.shape[-1] for ids, _, _ in parts)
+        ids = torch.cat([_widened(part[0], width, -1) for part in parts])
+        log_probs = torch.cat([_widened(part[1], width, -torch.inf) for part in parts])
+        log_rest = torch.cat([part[2] for part in parts])
+        shape = logits.shape[:-1]
+        return cls(
+            ids.int().view(*shape, width),
+            log_probs.to(wide).view(*shape, width),
+            columns,
+            temperature,
+            tail,
+            log_rest.to(wide).view(shape),
+            _trusted=True,
+        )
 
     @classmethod
     def sample(
@@ -172,6 +189,7 @@ class SparseTeacher:
 
         Draws are made from float64 probabilities. Raises ValueError for draws < 1.
         """
+        _check_logits(logits, temperature)
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         columns, shape = logits.shape[-1], logits.shape[:-1]
@@ -201,40 +219,82 @@ class SparseTeacher:
             _trusted=True,
         )
 
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """ids and log_probs as the kernels take them: what all other columns have, if it is known,
+        is one more entry, of the id -2."""
+        if self.log_rest is None:
+            return self.ids, self.log_probs
+        rest = self.log_rest[..., None].to(self.log_probs.dtype)
+        return (
+            torch.cat([self.ids, torch.full_like(rest, -2, dtype=torch.int32)], -1),
+            torch.cat([self.log_probs, rest], -1),
+        )
+
     def to_dense(self) -> Tensor:
         """Log-probabilities of all columns, [..., V]. A bucket is shared out evenly, as with
         "uniform"; under "renormalize" and "drop" the other columns have -inf."""
         present = self.ids >= 0
         known = torch.where(present, self.log_probs, -torch.inf)
-        mass = known.exp().sum(-1, keepdim=True, dtype=torch.float64)
         count = present.sum(-1, keepdim=True)
-        other = torch.full_like(mass, -torch.inf)
+        other = torch.full_like(known[..., :1], -torch.inf)
         if self.tail in ("bucket", "uniform"):
-            rest = torch.where(count < self.vocab_size, (1 - mass).clamp(min=0), 0)
-            other = (rest / (self.vocab_size - count).clamp(min=1)).log()
+            share = log_of_rest(known, self.log_rest) - (self.vocab_size - count).double().log()
+            other = torch.where(count < self.vocab_size, share.to(known.dtype), -torch.inf)
         if self.tail == "renormalize":
-            known = known - mass.log().to(known.dtype)
+            known = known - known.logsumexp(-1, keepdim=True)
         # One more column, for the ids that are none.
         shape = (*self.ids.shape[:-1], self.vocab_size + 1)
-        dense = other.to(known.dtype).expand(shape).clone()
+        dense = other.expand(shape).clone()
         places = torch.where(present, self.ids, self.vocab_size).long()
         return dense.scatter(-1, places, known)[..., :-1]
 
 
-def _padded(ids: Tensor, log_probs: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the columns that no row needs, and with none in their place where others do."""
-    width = max(1, int(needed.sum(-1).max())) if needed.numel() else 1
-    needed = needed[..., :width]
-    ids = torch.where(needed, ids[..., :width], -1)
-    return ids, torch.where(needed, log_probs[..., :width], -torch.inf)
+def log_of_rest(known: Tensor, log_rest: Tensor | None) -> Tensor:
+    """[..., 1] of log-probabilities [..., k] that are -inf where there is no column."""
+    if log_rest is not None:
+        return log_rest[..., None]
+    least = 2.0**-53 if known.dtype == torch.float64 else 2.0**-24
+    return (1 - known.exp().sum(-1, keepdim=True, dtype=torch.float64)).clamp(min=least).log()
 
 
-def _log_sum_exp(logits: Tensor, temperature: float) -> Tensor:
-    """Of each row, in float64."""
-    columns = logits.shape[-1]
-    parts = [
-        torch.logsumexp(part.double() / temperature, -1)
-        for part in logits.reshape(-1, columns).split(max(1, _ELEMENTS // columns))
-    ]
-    whole = torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float64)
-    return whole.view(logits.shape[:-1])
+def _check_logits(logits: Tensor, temperature: float) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a floating-point tensor, got {found}")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+
+
+def _largest(
+    logits: Tensor, k: int, p: float | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and log-probabilities [n, <= k] of the largest columns of each row, of `p` as many as it
+    takes, and the log mass of the others [n, 1]; the logarithms in float64."""
+    x = logits.double() / temperature
+    log_sum = x.logsumexp(-1, keepdim=True)
+    count = k if p is None else min(k, 64)
+    while True:
+        # By the logits themselves: quotients of different ones may be equal.
+        ids = logits.topk(count, -1).indices
+        log_probs = x.gather(-1, ids) - log_sum
+        if p is None:
+            break
+        mass = log_probs.exp().cumsum(-1)
+        if count == k or not bool((mass[:, -1] < p).any()):
+            needed = mass < p
+            needed = torch.cat([torch.ones_like(needed[:, :1]), needed[:, :-1]], -1)
+            width = max(1, int(needed.sum(-1).max())) if len(needed) else 1
+            ids = torch.where(needed, ids, -1)[:, :width]
+            log_probs = torch.where(needed, log_probs, -torch.inf)[:, :width]
+            break
+        count = min(k, 4 * count)
+    # A column more, for the ids that are none.
+    others = torch.cat([x, torch.full_like(log_sum, -torch.inf)], -1)
+    others.scatter_(-1, torch.where(ids < 0, x.shape[-1], ids), -torch.inf)
+    return ids, log_probs, others.logsumexp(-1, keepdim=True) - log_sum
+
+
+def _widened(x: Tensor, width: int, fill: float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=fill)
