@@ -280,9 +280,10 @@ the last outcome. q_r is summed over its own columns (1 - sum_S q would be 0 whe
 |---|---|
 {tails}
 
-Outcomes that are coarser are never further apart: a divergence with "bucket" is at most the one of
-whole rows. "renormalize" wants q_r = 0, which is not what the teacher said; `SparseTeacher.sample`
-is the unbiased way to a sparse teacher (its tail is "drop", with r = 0).
+Outcomes that are coarser are never further apart: with "bucket" an f-divergence (all of these but
+`alpha_beta`) is at most the one of whole rows. "renormalize" wants q_r = 0, which is not what the
+teacher said; `SparseTeacher.sample` is the unbiased way to a sparse teacher (its tail is "drop",
+with r = 0).
 """
 
 

@@ -148,15 +148,26 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     shift = RunningSum<Real>::shift_of(maxima[0] > maxima[1] ? maxima[0] : maxima[1]);
     const bool as_they_are = problem.sparse.tail == kDrop && !support_alone;
     const bool bucket = problem.sparse.tail == kBucket && !support_alone;
+    double mass[1] = {0};  // of the known columns
+    each_known([&](int64_t i, int64_t) { mass[0] += ::exp(double(log_p(i))); });
+    T::reduce(mass, Add());
+    if (!support_alone && mass[0] > kMostMass) broken = true;
+    const double left = 1 - mass[0], least = sizeof(Real) == 4 ? 0x1p-24 : 0x1p-53;
+    double log_of_rest = given_log_rest < 0 ? given_log_rest : ::log(left > least ? left : least);
+    if (count == problem.vocab || !(bucket || even)) log_of_rest = -INFINITY;
+    if (even) log_of_rest -= ::log(double(problem.vocab - count));
+    log_rest = Real(log_of_rest);
     // Probabilities that are to be scaled may all be small.
-    if (!as_they_are && !bucket) t_shift = RunningSum<Real>::shift_of(maxima[2]);
+    if (!as_they_are && !bucket) {
+      const Real share = log_rest * t_gain;
+      t_shift = RunningSum<Real>::shift_of(even && share > maxima[2] ? share : maxima[2]);
+    }
     rest.rescale(rest_shift, gain2, Real(0));
-    double sums[4] = {double(rest.sum), 0, 0, 0};  // of the rest, known: q, p, p at its temperature
+    double sums[3] = {double(rest.sum), 0, 0};  // of the rest; of the known: q, p
     each_known([&](int64_t i, int64_t j) {
       const Real x = log_p(i);
       sums[1] += double(fast_exp2((student.column(j) - shift) * gain2));
-      sums[2] += ::exp(double(x));
-      sums[3] += double(fast_exp2((x * t_gain - t_shift) * Real(kLog2e)));
+      sums[2] += double(fast_exp2((x * t_gain - t_shift) * Real(kLog2e)));
     });
     T::reduce(sums, Add());
     rest_sum = sums[0];
@@ -164,22 +175,13 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
                       ? sums[0] * ::exp(double(student.gain) * (double(rest_shift) - double(shift)))
                       : sums[0];
     const double total = support_alone ? sums[1] : sums[1] + rest_in_row;
-    if (!support_alone && sums[2] > kMostMass) broken = true;
-    const double left = 1 - sums[2], least = sizeof(Real) == 4 ? 0x1p-24 : 0x1p-53;
-    double log_of_rest = given_log_rest < 0 ? given_log_rest : ::log(left > least ? left : least);
-    if (count == problem.vocab || as_they_are || !(bucket || even)) log_of_rest = -INFINITY;
-    double teacher_total = sums[3];
-    if (even) {
-      log_rest = Real(log_of_rest - ::log(double(problem.vocab - count)));
-      if (log_rest > -INFINITY)
-        teacher_total += double(problem.vocab - count) *
-                         ::exp(double(t_gain) * double(log_rest) - double(t_shift));
-    } else {
-      log_rest = Real(log_of_rest);
-      if (bucket) teacher_total += ::exp(log_of_rest);
-    }
+    double teacher_total = sums[2];
+    if (even && log_rest > -INFINITY)
+      teacher_total += double(problem.vocab - count) *
+                       ::exp(double(t_gain) * double(log_rest) - double(t_shift));
+    if (bucket) teacher_total += ::exp(log_of_rest);
     if (as_they_are) {
-      teacher_mass = sums[3];
+      teacher_mass = sums[2];
       teacher_total = 1;
     }
     z_lse = ::log(total);

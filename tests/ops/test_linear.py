@@ -277,6 +277,106 @@ def test_a_device_without_kernels_makes_whole_logits_and_says_so(monkeypatch):
         check([got, *torch.autograd.grad(got, p.learning)], want)
 
 
+def test_evaluation_in_inference_mode_does_not_spoil_training():
+    p = Problem(columns=V)
+    big = torch.randn(600, 12, dtype=torch.float64)
+    t = torch.randn(600, V, dtype=torch.float64)
+    with torch.inference_mode():
+        ops.linear_divergence(big, p.weight, t, student_bias=p.bias)
+    ops.linear_divergence_loss(big, p.weight, t, student_bias=p.bias).backward()
+    assert p.weight.grad.isfinite().all()
+
+
+def test_rows_that_nobody_asks_for_have_no_gradient():
+    p = Problem(frozen=True)
+    p.teacher.hidden[2] = torch.nan
+    rows = ops.linear_divergence(p.hidden, p.weight, p.teacher, student_bias=p.bias)
+    (gradient,) = torch.autograd.grad(rows[[0, 1, 3]].sum(), p.hidden)
+    assert gradient.isfinite().all()
+    assert gradient[2].eq(0).all()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+def test_memory_that_is_not_contiguous(layout):
+    p = Problem(bias=False)
+    hidden, weight, t = p.hidden, p.weight, F.linear(p.teacher.hidden, p.teacher.weight)
+    if layout == "transposed":
+        weight = weight.detach().t().contiguous().t().requires_grad_()
+    elif layout == "expanded":
+        hidden, t = hidden.detach()[:1].expand(N, 12).requires_grad_(), t[:1].expand(N, V)
+    else:
+        hidden = torch.stack([hidden, hidden], 1).detach()[:, 1].requires_grad_()
+        t = torch.stack([t, t], 1)[:, 1]
+    want = 3 * ops.divergence_loss(hidden @ weight.t(), t)
+    want_gradients = torch.autograd.grad(want, (hidden, weight))
+    for chunk in (8, None):
+        got = 3 * ops.linear_divergence_loss(hidden, weight, t, chunk_rows=chunk)
+        check([got, *torch.autograd.grad(got, (hidden, weight))], [want, *want_gradients])
+
+
+def test_only_the_bias_learns():
+    p = Problem()
+    p.hidden.requires_grad_(False), p.weight.requires_grad_(False)
+    want = torch.autograd.grad(ops.divergence(*p.logits()).mean(), p.bias)
+    arguments = (p.hidden, p.weight, p.teacher)
+    for chunk in (8, None):
+        head = {"student_bias": p.bias, "chunk_rows": chunk}
+        loss = ops.linear_divergence_loss(*arguments, **head)
+        rows = ops.linear_divergence(*arguments, **head)
+        for got in (loss, rows.mean()):
+            check(torch.autograd.grad(got, p.bias), want)
+
+
+def test_float16_gradients_survive_until_they_are_scaled():
+    # As with a loss scale: what a row weighs alone would be lost in float16.
+    p = Problem(torch.float32, bias=False)
+    exact = [p.hidden.detach().half().double(), p.weight.detach().half().double()]
+    exact = [x.requires_grad_() for x in exact]
+    t = torch.randn(N, V)
+    scale, denominator = 2.0**14, 1e6
+    loss = ops.divergence_loss(F.linear(*exact), t, denominator=denominator)
+    want = torch.autograd.grad(scale * loss, exact)
+    for chunk in (8, None):
+        low = [x.detach().half().requires_grad_() for x in exact]
+        loss = ops.linear_divergence_loss(*low, t, denominator=denominator, chunk_rows=chunk)
+        gradients = torch.autograd.grad(scale * loss, low)
+        assert [g.dtype for g in gradients] == [torch.float16] * 2
+        check(gradients, want, 4e-3)
+
+
+def test_autocast_leaves_float64_alone_side_by_side():
+    p = Problem(torch.float32)
+    double = ops.LinearTeacher(*(x.double() for x in (p.teacher.hidden, p.teacher.weight)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.linear_divergence(p.hidden.bfloat16(), p.weight, double, student_bias=p.bias)
+    z = F.linear(*(x.bfloat16() for x in p.leaves))
+    want = ops.divergence(z, F.linear(double.hidden, double.weight))
+    assert got.dtype == torch.float64
+    check([got], [want], 1e-6)
+
+
+def test_a_teachers_own_bias_is_not_the_shared_heads():
+    p = Problem(bias=False)
+    bias = torch.randn(V, dtype=torch.float64).requires_grad_()
+    with pytest.raises(ValueError, match="no gradient to the teacher"):
+        ops.linear_divergence(
+            p.hidden, p.weight, ops.LinearTeacher(p.hidden.detach(), p.weight, bias)
+        )
+
+
+def test_results_do_not_depend_on_threads():
+    p = Problem(torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        arguments = (p.hidden, p.weight, p.teacher, "jsd")
+        loss = ops.linear_divergence_loss(*arguments, student_bias=p.bias, chunk_rows=8)
+        found.append([loss, *torch.autograd.grad(loss, p.learning)])
+    torch.set_num_threads(threads)
+    # torch's products may differ in the last place.
+    check(found[0], [x.double() for x in found[1]], 1e-5)
+
+
 # --- autograd and the compiler --------------------------------------------------------------------
 
 
@@ -408,6 +508,7 @@ ERRORS = [
         "no gradient to the teacher",
         lambda: ops.linear_divergence_loss(X, W, ops.LinearTeacher(X, W.clone().requires_grad_())),
     ),
+    (TypeError, "weight must be float32", lambda: ops.linear_divergence(X, W.long(), T)),
     (ValueError, "chunk_rows must be", lambda: ops.linear_divergence(X, W, T, chunk_rows=0)),
     (ValueError, "needs labels", lambda: ops.linear_divergence_loss(X, W, T, label_weight=0.5)),
     (ValueError, "takes no labels", lambda: ops.linear_divergence(X, W, T, labels=torch.arange(4))),

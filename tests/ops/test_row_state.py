@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stillhouse import ops
+from stillhouse.ops import divergence_autograd
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -115,6 +116,27 @@ def test_nan_stays_in_its_row(level):
     assert state.student_lse.isnan().tolist() == [i == 2 for i in range(6)]
 
 
+def test_nan_is_not_lost_in_a_part_of_its_own(level):
+    z, t = rows(torch.float32, 5003)
+    z[2, :2500] = torch.nan
+    parts = [ops.row_state(z[:, part], t[:, part]) for part in (slice(0, 2500), slice(2500, None))]
+    for state in (ops.row_state(z, t), ops.merge_row_states(*parts)):
+        assert state.student_lse.isnan().tolist() == [i == 2 for i in range(6)]
+        assert state.forward_kl.isnan().tolist() == [i == 2 for i in range(6)]
+
+
+def test_a_device_without_the_kernel(monkeypatch):
+    z, t = rows(torch.float32, 60)
+    z[:, 3], t[:, 3:5] = -torch.inf, -torch.inf
+    arguments = dict(temperature=2.0, logit_softcap=(4.0, None), mask=torch.arange(6) != 1)
+    want = ops.row_state(z, t, **arguments), ops.row_state(z)
+    monkeypatch.setattr(divergence_autograd, "devices", set())
+    with pytest.warns(UserWarning, match="no divergence kernel for cpu"):
+        got = ops.row_state(z, t, **arguments), ops.row_state(z)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(tuple(a), tuple(b), rtol=1e-5, atol=1e-5)
+
+
 def test_leading_dimensions_and_empty_batches(level):
     z, t = (x.view(2, 3, -1) for x in rows(torch.float32, 60))
     assert ops.row_state(z, t).forward_kl.shape == (2, 3)
@@ -142,5 +164,7 @@ def test_errors():
         ops.merge_row_states(ops.row_state(z, t), ops.row_state(z[:5], t[:5]))
     with pytest.raises(ValueError, match="pass vocab_size="):
         ops.row_state(z, t[:, :50])
+    with pytest.raises(TypeError, match="takes the teacher's logits"):
+        ops.row_state(z, ops.SparseTeacher.from_logits(t, k=3))
     with pytest.raises(ValueError, match="mask must be"):
         ops.row_state(z, t, mask=torch.ones(5) > 0)

@@ -104,7 +104,7 @@ def shifting(sizes):
     class Shifting(type(model)):
         def forward(self, **inputs):
             output = super().forward(**inputs)
-            output.logits = output.logits + shift[: output.logits.shape[-1]]
+            output.logits = output.logits + shift
             return output
 
     model.__class__ = Shifting
@@ -168,7 +168,7 @@ def test_unknown_logits_are_said_to_be_computed_whole(sizes, batch):
     assert rows.head is None
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.125, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 0.125, 0.3, 0.0390625, 1 / 12])
 @pytest.mark.parametrize("cap", [None, 30.0, 2.5])
 def test_what_happens_to_logits_is_found_out(scale, cap):
     probe = torch.tensor(PROBE)

@@ -28,9 +28,9 @@ def part_of(batch, rank):
     return {name: value[rank : rank + 1] for name, value in batch.items()}
 
 
-def work(rank, port, how, models, batch, queue):
+def work(rank, store, how, models, batch, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
     model, teacher = copy.deepcopy(models[0]), FrozenTeacher(copy.deepcopy(models[1]))
     forward, wrapped = RowForward(model), model
     if how == "ddp":
@@ -56,14 +56,13 @@ def work(rank, port, how, models, batch, queue):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes(how, tied, llama, batch):
+def test_two_processes(how, tied, llama, batch, tmp_path):
     model, teacher = llama(tie_word_embeddings=tied), llama(3, seed=1)
     context = mp.get_context("spawn")
     queue = context.Queue()
-    with torch.no_grad():
-        port = 29_500 + torch.randint(0, 2000, ()).item()
+    store = tmp_path / "store"
     workers = [
-        context.Process(target=work, args=(rank, port, how, (model, teacher), batch, queue))
+        context.Process(target=work, args=(rank, store, how, (model, teacher), batch, queue))
         for rank in range(2)
     ]
     for worker in workers:

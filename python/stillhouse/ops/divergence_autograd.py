@@ -42,6 +42,15 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type in devices
 
 
+def warn_without_kernel(x: Tensor) -> None:
+    """Say what a tensor of another device gets."""
+    warnings.warn(
+        f"stillhouse has no divergence kernel for {x.device.type}: the plain torch "
+        "reference runs, with the memory and time of plain torch",
+        stacklevel=4,
+    )
+
+
 def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor, Tensor]:
     """Value and statistics of each row, differentiable, by the kernel or else the reference."""
     if has_kernel(call.student):
@@ -58,11 +67,7 @@ def divergence_rows(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[
             call.ids,
             call.tail,
         )
-    warnings.warn(
-        f"stillhouse has no divergence kernel for {call.student.device.type}: the plain torch "
-        "reference runs, with the memory and time of plain torch",
-        stacklevel=3,
-    )
+    warn_without_kernel(call.student)
     return reference(call, mask, want_stats)
 
 

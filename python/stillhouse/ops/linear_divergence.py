@@ -328,9 +328,7 @@ def _check_frozen(*tensors: Tensor | None) -> None:
         )
 
 
-def _product(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> torch.dtype | None:
+def _product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """What a side's products are made in: autocast's dtype, which leaves float64 alone, or None for
     that of the tensors."""
     device, found = hidden.device.type, {x.dtype for x in (hidden, weight, bias) if x is not None}

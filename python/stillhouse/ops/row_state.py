@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence_arguments import check_call, check_rows
-from .divergence_autograd import kernels
+from .divergence_arguments import Call, check_call, check_rows
+from .divergence_autograd import has_kernel, kernels, warn_without_kernel
 from .kinds import Number
+from .sparse_teacher import SparseTeacher
 
 
 class RowState(NamedTuple):
@@ -79,6 +80,8 @@ def row_state(
         >>> bool(torch.allclose(whole.forward_kl, ops.divergence(z, t).double(), atol=1e-6))
         True
     """
+    if isinstance(teacher_logits, SparseTeacher):
+        raise TypeError("the state of a part of the vocabulary takes the teacher's logits there")
     call = check_call(
         student_logits,
         student_logits if teacher_logits is None else teacher_logits,
@@ -93,9 +96,40 @@ def row_state(
     )
     if mask is not None:
         check_rows("mask", mask, student_logits, torch.bool)
+    if not has_kernel(student_logits):
+        return _plain(call, teacher_logits is not None, mask)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     states = kernels().row_state(student_logits.detach(), teacher, call.numbers, mask)
     return RowState(*states.unbind(0))
+
+
+def _plain(call: Call, two_sides: bool, mask: Tensor | None) -> RowState:
+    """In plain torch, for a device without the kernel, which is said."""
+    warn_without_kernel(call.student)
+    number = call.numbers.to(call.student.device).unbind()
+
+    def tempered(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        x = x.detach().double() * number[2 + side]
+        cap = number[4 + side]
+        if cap > 0:
+            x = torch.where(x > -torch.inf, cap * torch.tanh(x / cap), x)
+        x = x / number[side]
+        top = x.amax(-1, keepdim=True)
+        return x - torch.where(top > -torch.inf, top, 0), top[..., 0]
+
+    (z, z_max), (t, t_max) = tempered(call.student, 0), tempered(call.teacher, 1)
+
+    def cross(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > -torch.inf, a.exp() * (a - b), a.exp()).sum(-1)
+
+    state = [z_max, z.exp().sum(-1), t_max, t.exp().sum(-1), cross(z, t), cross(t, z)]
+    if not two_sides:
+        nothing = torch.zeros_like(z_max)
+        state[2:] = [nothing - torch.inf, nothing, nothing, nothing]
+    if mask is not None:
+        empty = (-torch.inf, 0, -torch.inf, 0, 0, 0)
+        state = [torch.where(mask, x, none) for x, none in zip(state, empty, strict=True)]
+    return RowState(*state)
 
 
 def merge_row_states(*states: RowState) -> RowState:
@@ -134,7 +168,8 @@ def _moved(state: RowState, student_max: Tensor, teacher_max: Tensor) -> Tensor:
     (dz, ez), (dt, et) = step(state.student_max, student_max), step(state.teacher_max, teacher_max)
 
     def scaled(factor: Tensor, x: Tensor) -> Tensor:
-        return torch.where(factor > 0, factor * x, factor)
+        # 0 inf = 0, but a NaN stays one.
+        return torch.where((factor > 0) | x.isnan(), factor * x, factor)
 
     return torch.stack(
         [

@@ -184,8 +184,9 @@ class SparseTeacher:
         generator: torch.Generator | None = None,
     ) -> SparseTeacher:
         """`draws` columns of each row of `logits` [..., V], drawn from its softmax with
-        replacement, each with the probability count / draws: an unbiased estimate of the teacher, of which the
-        gradient of forward KL is the dense one on average (sampling KD, arXiv 2503.16870).
+        replacement, each with the probability count / draws: an unbiased estimate of the teacher,
+        of which the gradient of forward KL is the dense one on average (sampling KD, arXiv
+        2503.16870).
 
         Draws are made from float64 probabilities. Raises ValueError for draws < 1.
         """

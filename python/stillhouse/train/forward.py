@@ -62,6 +62,7 @@ class RowForward:
         if self._known is None:
             return self._outside(model, inputs, index, compute, options)
         result: list[Any] = []
+        upstream: list[Tensor] = []
 
         def stand_in(hidden: Tensor) -> Tensor:
             hidden = hidden.reshape(-1, hidden.shape[-1])[index.row]
@@ -71,7 +72,7 @@ class RowForward:
             result[0] = compute(result[0])
             if not _has_loss(result[0]):
                 return hidden.new_zeros(1, 1, 1)
-            return _Leave.apply(result[0]["loss"], self._known.scale)
+            return _Leave.apply(result[0]["loss"], upstream)
 
         output = self._run(model, inputs, options, stand_in)
         if not result:
@@ -79,7 +80,7 @@ class RowForward:
         if compute is None:
             result[0].hidden_states = getattr(output, "hidden_states", None)
         elif _has_loss(result[0]):
-            result[0]["loss"] = _Return.apply(output.logits, result[0]["loss"].detach())
+            result[0]["loss"] = _Return.apply(output.logits, result[0]["loss"].detach(), upstream)
         return result[0]
 
     def _run(
@@ -107,7 +108,10 @@ class RowForward:
         if ids is not None:
             inputs = {"input_ids": ids[:1, :1]}
         some = next(x for x in inputs.values() if isinstance(x, Tensor))
-        probe = torch.tensor(PROBE, device=some.device).view(1, 1, -1)
+        # As wide as a row: what is done to some columns only must show.
+        columns = self.head.weight.shape[0]
+        probe = torch.tensor(PROBE, device=some.device)
+        probe = probe.repeat(-(-columns // len(PROBE)))[:columns].view(1, 1, -1)
 
         def stand_in(hidden: Tensor) -> Tensor:
             called.append(True)
@@ -161,31 +165,36 @@ def _has_loss(result: Any) -> bool:
     return isinstance(result, dict) and "loss" in result
 
 
+# The loss does not go through the model, which would do to it what it does to logits, but a 0 that
+# depends on it: wrappers find it among the outputs and see its gradient come back. The gradient
+# itself takes a way of its own, in the precision it has.
+
+
 class _Leave(torch.autograd.Function):
-    """A 0 that goes through the model instead of the loss, which may be anything, and brings its
-    gradient back: where the model multiplies by `scale`, undone here."""
+    """loss -> a 0 for the model's way out; hands the loss the gradient that `_Return` has left."""
 
     @staticmethod
-    def forward(ctx, loss, scale):
-        ctx.scale, ctx.like = scale, loss
+    def forward(ctx, loss, upstream):
+        ctx.upstream = upstream
         return loss.new_zeros(1, 1, 1, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, upstream):
-        return (upstream.sum() / ctx.scale).to(ctx.like.dtype), None
+    def backward(ctx, _):
+        return ctx.upstream.pop(), None
 
 
 class _Return(torch.autograd.Function):
-    """The loss again, on the far side."""
+    """That 0, and the loss's value -> the loss again, on the far side."""
 
     @staticmethod
-    def forward(ctx, way, loss):
-        ctx.shape, ctx.dtype = way.shape, way.dtype
+    def forward(ctx, way, loss, upstream):
+        ctx.like, ctx.upstream = way.detach(), upstream
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
-        return upstream.to(ctx.dtype).expand(ctx.shape), None
+    def backward(ctx, gradient):
+        ctx.upstream.append(gradient)
+        return torch.ones_like(ctx.like), None, None
 
 
 class FrozenTeacher:

@@ -36,7 +36,8 @@ class Head:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
 
-# What goes through the model in the head's place, to see what comes out: small, usual, and large.
+# What goes through the model in the head's place, over and over up to a row's columns, to see what
+# comes out: small, usual, and large.
 PROBE = (2.0**-10, -0.5, 1.0, -3.0, 10.0, 40.0, 2.0**20)
 
 
@@ -45,12 +46,18 @@ def transform_of(probe: Tensor, seen: Tensor) -> tuple[float, float | None] | No
     if seen.shape != probe.shape or seen.dtype != probe.dtype or not seen.isfinite().all():
         return None
     probe, seen = probe.double(), seen.double()
-    scale = round((seen.flatten()[0] / probe.flatten()[0]).item(), 6)
+    scale = _plain((seen.flatten()[0] / probe.flatten()[0]).item())
 
     def fits(made: Tensor) -> bool:
         return torch.allclose(made, seen, rtol=1e-5, atol=0)
 
     if fits(scale * probe):
         return scale, None
-    cap = round(seen.abs().max().item(), 6)
+    cap = _plain(seen.abs().max().item())
     return (scale, cap) if cap > 0 and fits(cap * torch.tanh(scale * probe / cap)) else None
+
+
+def _plain(x: float) -> float:
+    """Without the rounding of float32, if it is that of a shorter number."""
+    short = float(f"{x:.6g}")
+    return short if abs(short - x) <= 2e-7 * abs(x) else x

@@ -115,7 +115,10 @@ def _divergence(
     # A sparse teacher has no logits that something could be done to.
     scales = tuple(1.0 if head is None else head.scale for head in (*heads, None)[:2])
     caps = tuple(None if head is None else head.softcap for head in (*heads, None)[:2])
-    options |= {"logit_scale": scales, "logit_softcap": caps}
+    own = {"logit_scale": scales, "logit_softcap": caps}
+    if own.keys() & options.keys():
+        raise TypeError("logit_scale and logit_softcap are known from the models' heads")
+    options |= own
     linear = None if student.head is None else student.head.linear()
     if linear is not None:
         weight, bias = linear
