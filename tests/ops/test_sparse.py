@@ -216,7 +216,7 @@ def test_a_confident_teachers_tail_is_accurate(tail, gap, dtype, level):
     for kind in (ops.ReverseKL(), ops.SymmetricKL(), ops.ForwardKL(), ops.AlphaBeta(0.4, -0.4)):
         if gap < 80 or not isinstance(kind, ops.AlphaBeta):  # powers of e^88
             # Logarithms of this size are rounded at this size.
-            compare(z, teacher, kind, dtype, absolute=1e-8 * gap)
+            compare(z, teacher, kind, dtype, absolute=4e-8 * gap)
     exact = ops.SparseTeacher.from_logits(t, k=2)
     want = t.scatter(-1, exact.ids.long(), -torch.inf).logsumexp(-1) - t.logsumexp(-1)
     torch.testing.assert_close(exact.log_rest, want, rtol=1e-9, atol=1e-12)
