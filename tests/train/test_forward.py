@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from stillhouse import ops
 from stillhouse.train import LogitRows, row_divergence, row_loss, supervised_rows
@@ -198,6 +199,24 @@ def test_the_loss_needs_no_logits(llama, batch):
     logits = len(index.row) * 20_011 * 4
     assert logits not in sizes
     assert max(sizes) >= 20_011 * 32 * 4  # the head's gradient: the measurement sees such sizes
+
+
+def test_a_compiled_model_is_compiled_once(llama, batch):
+    model, index = llama(), supervised_rows(batch["labels"])
+    target = LogitRows(torch.randn(len(index.row), 259), index)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    forward, compiled = RowForward(model), torch.compile(model, backend=counter)
+
+    def loss(wrapped):
+        return forward(
+            wrapped, batch, index, lambda rows: {"loss": row_loss(rows, target, "jsd", {})[0]}
+        )["loss"]
+
+    graphs = []
+    for _ in range(4):
+        torch.testing.assert_close(loss(compiled), loss(model), rtol=1e-5, atol=1e-6)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] > 0
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -37,6 +37,9 @@ class RowForward:
                 f"{type(model).__name__} has no output head: a causal language model is needed"
             )
         self.head = head
+        self._stand_in: Callable[[Tensor], Tensor] | None = None
+        # One function for all calls, or a compiled model would be compiled again for each.
+        self._instead = torch.compiler.disable(lambda hidden: self._stand_in(hidden))
         self._looked = False
         self._known: Head | None = None  # None: something unknown happens to the logits
 
@@ -91,11 +94,12 @@ class RowForward:
         stand_in: Callable[[Tensor], Tensor],
     ) -> Any:
         before = self.head.__dict__.get("forward")
-        self.head.forward = stand_in
+        self.head.forward, self._stand_in = self._instead, stand_in
         try:
             return model(**inputs, **options)
         finally:
             del self.head.forward
+            self._stand_in = None
             if before is not None:
                 self.head.forward = before
 
