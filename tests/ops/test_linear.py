@@ -277,16 +277,6 @@ def test_a_device_without_kernels_makes_whole_logits_and_says_so(monkeypatch):
         check([got, *torch.autograd.grad(got, p.learning)], want)
 
 
-def test_evaluation_in_inference_mode_does_not_spoil_training():
-    p = Problem(columns=V)
-    big = torch.randn(600, 12, dtype=torch.float64)
-    t = torch.randn(600, V, dtype=torch.float64)
-    with torch.inference_mode():
-        ops.linear_divergence(big, p.weight, t, student_bias=p.bias)
-    ops.linear_divergence_loss(big, p.weight, t, student_bias=p.bias).backward()
-    assert p.weight.grad.isfinite().all()
-
-
 def test_rows_that_nobody_asks_for_have_no_gradient():
     p = Problem(frozen=True)
     p.teacher.hidden[2] = torch.nan

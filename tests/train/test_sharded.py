@@ -33,13 +33,15 @@ def work(rank, store, how, models, batch, queue):
     dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank)
     model, teacher = copy.deepcopy(models[0]), FrozenTeacher(copy.deepcopy(models[1]))
     forward, wrapped = RowForward(model), model
-    if how == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    if how.startswith("ddp"):
+        # Which parameters are used it finds out from the outputs alone.
+        looks = how == "ddp that looks"
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=looks)
     else:
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
+        for layer in model.model.layers if how == "fsdp2" else ():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     losses = [step(wrapped, forward, teacher, part_of(batch, rank)) for _ in range(2)]
@@ -55,7 +57,7 @@ def work(rank, store, how, models, batch, queue):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", "ddp that looks", "fsdp2", "fsdp2 whole"])
 def test_two_processes(how, tied, llama, batch, tmp_path):
     model, teacher = llama(tie_word_embeddings=tied), llama(3, seed=1)
     context = mp.get_context("spawn")

@@ -50,9 +50,7 @@ class _Scratch(threading.local):
         buffer = self._buffers.get(side)
         if buffer is None or buffer.numel() < count:
             self._buffers.pop(side, None)
-            # One of the inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
+            buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
             if count <= 2 * _CHUNK_BYTES:  # not what a caller's own chunk_rows asks for
                 self._buffers[side] = buffer
         return buffer[:count].view(like.dtype).view(shape)
