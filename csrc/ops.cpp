@@ -8,7 +8,8 @@ STILLHOUSE_LIBRARY(m) {
 
   // Divergences of rows of logits [..., V] (csrc/divergence). numbers: float64 [11] on the CPU, in the
   // order of problem.h. vocab -1: all columns. stats: [7, ...] or [0]. weight: [...] per row. With ids, int32
-  // [..., k], the teacher is log-probabilities [..., k] at these columns (-1: none, -2: of all others); tail: kernel.h.
+  // [..., k], the teacher is log-probabilities [..., k] at these columns (-1: none, -2: of all others);
+  // tail: kernel.h.
   m.def(
       "divergence(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask, Tensor? labels, "
       "int kind, int vocab=-1, bool want_stats=False, int resident_limit=-1, "
