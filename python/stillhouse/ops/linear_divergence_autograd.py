@@ -194,6 +194,11 @@ class Arguments(NamedTuple):
         return torch.float64 if torch.float64 in sides else torch.float32
 
     @property
+    def learning(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What gradients are like; the weight stands for a bias that is not there."""
+        return self.hidden, self.weight, self.weight if self.bias is None else self.bias
+
+    @property
     def half(self) -> bool:
         """Whether gradients of the loss form come in float32 whatever their tensors are: float16
         has no room for what a loss scale is still to multiply."""
@@ -259,8 +264,7 @@ class _Call:
 
 
 def _gradient_dtypes(a: Arguments) -> tuple[torch.dtype, ...]:
-    own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
-    return tuple(torch.float32 if a.half else x.dtype for x in own)
+    return tuple(torch.float32 if a.half else x.dtype for x in a.learning)
 
 
 def _implementations(namespace: str) -> dict[str, Any]:
@@ -305,8 +309,7 @@ def _implementations(namespace: str) -> dict[str, Any]:
         *common, row_weight, want_hidden, want_weight, want_bias = arguments
         a = Arguments(*common)
         _, _, *gradients = loss_op(*common, row_weight, False, want_hidden, want_weight, want_bias)
-        own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
-        return tuple(g.to(x.dtype) for g, x in zip(gradients, own, strict=True))
+        return tuple(g.to(x.dtype) for g, x in zip(gradients, a.learning, strict=True))
 
     def outside_autocast(op):
         def call(*arguments):
@@ -328,10 +331,9 @@ def _implementations(namespace: str) -> dict[str, Any]:
 
 
 def _fake_gradients(a: Arguments, dtypes: Any, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    likes = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
     return tuple(
         like.new_empty(like.shape if want else 0, dtype=dtype)
-        for like, want, dtype in zip(likes, wanted, dtypes, strict=True)
+        for like, want, dtype in zip(a.learning, wanted, dtypes, strict=True)
     )
 
 
@@ -346,8 +348,7 @@ def _fake_rows(*arguments):
 
 def _fake_gradient(*arguments):
     a = Arguments(*arguments[:_COMMON])
-    own = (a.hidden, a.weight, a.weight if a.bias is None else a.bias)
-    return _fake_gradients(a, [x.dtype for x in own], *arguments[_COMMON + 1 :])
+    return _fake_gradients(a, [x.dtype for x in a.learning], *arguments[_COMMON + 1 :])
 
 
 def _fake_loss(*arguments):

@@ -23,8 +23,6 @@ from stillhouse import ops
 from stillhouse.train.head import Head
 from stillhouse.train.rows import RowIndex, paired
 
-Objective = Callable[["LogitRows", "LogitRows | None", Mapping[str, Any]], dict[str, Tensor]]
-
 
 class LogitRows:
     """The N supervised rows of one model's forward.
@@ -61,6 +59,7 @@ class LogitRows:
 
 
 Teacher = LogitRows | ops.SparseTeacher | None
+Objective = Callable[[LogitRows, Teacher, Mapping[str, Any]], dict[str, Tensor]]
 
 
 def row_divergence(
