@@ -102,6 +102,7 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
         calls,
         rounds=options.rounds,
         seconds=options.seconds,
+        pause=measure.PAUSE_SECONDS if options.device == "cpu" else 0,
         on_round=lambda done: progress.say(f"round {done}/{options.rounds}"),
     )
     # The buffers go before the probes start: those bring their own.

@@ -3,6 +3,7 @@
 #   bench/gpu.sh              all of it, within nine minutes; CSV rows go to bench/results.csv
 #   bench/gpu.sh divergence   one family
 #   bench/gpu.sh --needs      what it needs beyond this tree
+# STEPS="test measure" takes some of the steps test, sanitize, measure; the build is always looked after.
 # What is done stays done: a second call builds what has changed and measures the families that are left.
 # FRESH=1 measures them again.  PYTHON=… names the interpreter, SCRATCH=… the folder (build/gpu).
 set -euo pipefail
@@ -10,8 +11,9 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 SCRATCH=${SCRATCH:-build/gpu}
-FAMILIES=(divergence kinds)
-SHAPES=(--shape 512x49152 --shape 256x151936 --shape 512x32000 --shape 65536x256)
+STEPS=${STEPS:-test sanitize measure}
+FAMILIES=(divergence kinds sparse linear)
+SHAPES=(--shape 512x49152 --shape 256x151936 --shape 512x32000 --shape 65536x256 --shape 8192x4096)
 
 if [ "${1:-}" = --needs ]; then
   cat <<'NEEDS'
@@ -72,7 +74,7 @@ for family in csrc/*/; do
       "$family/cpu.cpp"
   done
   compile "$name-cuda.cuda.o" nvcc "${COMMON[@]}" -gencode "arch=compute_$ARCH,code=sm_$ARCH" \
-    --split-compile=0 -diag-suppress 20012 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden \
+    --fmad=false --split-compile=0 -diag-suppress 20012 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden \
     "$family/cuda.cu"
 done
 compile ops.o "${CXX[@]}" csrc/ops.cpp
@@ -92,30 +94,37 @@ printf 'Metadata-Version: 2.1\nName: stillhouse\nVersion: %s\n' "$VERSION" \
   > "$SCRATCH/python/stillhouse-$VERSION.dist-info/METADATA"
 export PYTHONPATH="$PWD/$SCRATCH/python" HF_HUB_OFFLINE=1
 
-# ---- test: against float64 on the CPU ----
-say "testing"
-# Not again what needs no GPU and has been run without one: instruction sets, executor, packaging.
-"$PYTHON" -m pytest tests --ignore tests/simt --ignore tests/packaging --device cuda -q -x \
-  -p no:cacheprovider -k "not level0 and not level1 and not level2 and not levelsimt"
-if command -v compute-sanitizer > /dev/null; then
+# ---- test: against float64 ----
+step() { case " $STEPS " in *" $1 "*) ;; *) return 1 ;; esac; }
+ON_GPU="levelcuda or kernels-cuda or device-cuda"
+if step test; then
+  say "testing"
+  WORKERS=()
+  "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS=(-n 8)
+  OMP_NUM_THREADS=2 "$PYTHON" -m pytest tests/ops --device cuda -q --maxfail 50 -p no:cacheprovider \
+    --durations 5 "${WORKERS[@]}" -k "$ON_GPU"
+fi
+if step sanitize && command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck; do
     say "$check"
     compute-sanitizer --tool "$check" --error-exitcode 9 --target-processes all \
       "$PYTHON" -m pytest tests/ops/test_parity.py --device cuda -q -x -p no:cacheprovider \
-      -k "cuda and (guarded or layouts) and not float64" | tail -3
+      -k "levelcuda and (guarded or layouts) and not float64" | tail -3
   done
 fi
 
 # ---- measure ----
+step measure || exit 0
 for family in "${FAMILIES[@]}"; do
   stamp=$SCRATCH/measured-$family
   [ -z "${FRESH:-}" ] && [ "$stamp" -nt "$PACKAGE/_cuda.so" ] && continue
   say "measuring $family"
-  shapes=("${SHAPES[@]}")
-  [ "$family" = kinds ] && shapes=(--no-memory) # every kind, at its main shape
-  "$PYTHON" -m bench --device cuda --family "$family" "${shapes[@]}" --rounds 25 \
-    --provider stillhouse --provider forward_kl --provider eager --provider torch.compile \
-    --csv bench/results.csv
+  options=()
+  [ "$family" = divergence ] && options=("${SHAPES[@]}")
+  [ "$family" = kinds ] && options=(--no-memory)
+  "$PYTHON" -m bench --device cuda --family "$family" "${options[@]}" --rounds 25 \
+    --provider stillhouse --provider forward_kl --provider dense --provider eager \
+    --provider torch.compile --csv bench/results.csv
   touch "$stamp"
 done
 say "done"

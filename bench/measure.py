@@ -24,6 +24,7 @@ def interleaved(
     rounds: int,
     seconds: float,
     warm_up: int = 2,
+    pause: float = PAUSE_SECONDS,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Seconds of each runner, one call of each a round, in an order that changes with the round.
@@ -44,7 +45,7 @@ def interleaved(
         for done in range(1, rounds + 1):
             shuffle(order)
             for name in order:
-                time.sleep(PAUSE_SECONDS)
+                time.sleep(pause)
                 times[name].append(runners[name](calls))
                 calls += 1
             on_round(done)
@@ -58,15 +59,15 @@ def interleaved(
 def seconds_of(call: Callable[[], object], device: str) -> tuple[float, object]:
     """Seconds of one call, and its result.
 
-    On a GPU the work between two events, queued behind a kernel that does nothing for about a
-    millisecond: the launches are prepared meanwhile, so that the host's time is not in it.
+    On a GPU the work between two events, queued behind a kernel that does nothing for some
+    milliseconds: the launches are prepared meanwhile, so that the host's time is not in it.
     """
     if device == "cpu":
         begin = time.perf_counter()
         result = call()
         return time.perf_counter() - begin, result
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(8_000_000)
     begin.record()
     result = call()
     end.record()

@@ -16,7 +16,7 @@ SIMT = Path(os.environ.get("SIMT_LIBRARY", Path(__file__).parents[1] / "build/si
 
 
 def pytest_addoption(parser):
-    words = "cuda: the parity table on a GPU, too"
+    words = "cuda: the tests of the ops on a GPU, too"
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=words)
 
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
     # To the CUDA kernels "resident" is what they choose anyway.
     left_out = ["levelsimt-resident", "levelcuda-resident"]
     if config.getoption("--device") != "cuda":
-        left_out.append("levelcuda")
+        left_out += ["levelcuda", "kernels-cuda", "device-cuda"]
     deselected = [item for item in items if any(word in item.nodeid for word in left_out)]
     config.hook.pytest_deselected(items=deselected)
     chosen = set(items) - set(deselected)

@@ -33,7 +33,16 @@ def compile_one(source: Path, arch: str) -> list[dict]:
     torch = Path(find_spec("torch").submodule_search_locations[0]) / "include"
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *("nvcc", "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--split-compile=2"),
+            *(
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                "--fmad=false",
+                "-cubin",
+                "-Xptxas",
+                "-v",
+                "--split-compile=2",
+            ),
             *("-Werror", "all-warnings"),
             *("-gencode", f"arch=compute_{arch},code=sm_{arch}", "-isystem", str(torch)),
             *("-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),

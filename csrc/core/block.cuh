@@ -25,7 +25,8 @@ struct Largest {
 // all get the same result, which does not depend on timing.
 template <int kThreads>
 struct Team {
-  static_assert(kThreads % kWarpSize == 0 && kThreads <= 1024, "a team is made of warps");
+  static_assert(kThreads >= kWarpSize && kThreads <= 1024 && (kThreads & (kThreads - 1)) == 0,
+                "a team is made of 1, 2, 4, ... 32 warps");
   static constexpr int kWarps = kThreads / kWarpSize;
 
   __device__ __forceinline__ static int rank() { return int(threadIdx.x) % kThreads; }
@@ -62,26 +63,47 @@ struct Team {
   // x_i of all threads combined, for each i. Op is associative and commutative up to rounding.
   template <int kCount, class T, class Op>
   __device__ static void reduce(T (&x)[kCount], Op op) {
+    of_warp(x, op);
+    if constexpr (kWarps > 1) {
+      SHARED_ARRAY(T, partial, kWarps * kCount);
+      __syncthreads();  // the last call's readers are done
+      leave(partial, x);
+      __syncthreads();
+      find(partial, x);
+      of_warps(x, op);
+    }
+  }
+
+  // The same in parts. Combined over the lanes of a warp; a warp's result left in `partial`, which has
+  // kWarps kCount elements; found there, that of warp w by lane w of every warp; combined over these.
+  template <int kCount, class T, class Op>
+  __device__ static void of_warp(T (&x)[kCount], Op op) {
+    of_lanes<kWarpSize>(x, op);
+  }
+  template <int kCount, class T>
+  __device__ static void leave(SharedPointer<T> partial, const T (&x)[kCount]) {
+    if (threadIdx.x % kWarpSize != 0) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) partial[rank() / kWarpSize * kCount + i] = x[i];
+  }
+  template <int kCount, class T>
+  __device__ static void find(SharedPointer<T> partial, T (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = partial[int(threadIdx.x) % kWarps * kCount + i];
+  }
+  template <int kCount, class T, class Op>
+  __device__ static void of_warps(T (&x)[kCount], Op op) {
+    of_lanes<kWarps>(x, op);
+  }
+
+ private:
+  template <int kLanes, int kCount, class T, class Op>
+  __device__ __forceinline__ static void of_lanes(T (&x)[kCount], Op op) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-      for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
+      for (int offset = kLanes / 2; offset > 0; offset /= 2)
         x[i] = op(x[i], __shfl_xor_sync(kFullMask, x[i], offset));
-    }
-    if constexpr (kWarps > 1) {
-      SHARED_ARRAY(T, partial, kWarps * kCount);
-      const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-      __syncthreads();  // the last call's readers are done
-      if (lane == 0) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) partial[warp * kCount + i] = x[i];
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        x[i] = partial[i];
-        for (int w = 1; w < kWarps; ++w) x[i] = op(x[i], T(partial[w * kCount + i]));
-      }
     }
   }
 };

@@ -28,8 +28,9 @@ class Launcher {
 #if defined(STILLHOUSE_SIMT)
   explicit Launcher(const torch::stable::Tensor&) {}
   int64_t multiprocessors() const { return 2; }
-  // Bytes of dynamic shared memory that a block can have beside a kibibyte of arrays.
+  // Bytes of dynamic shared memory that a block can have beside its arrays.
   size_t most_shared() const { return simt::kDynamicShared - 1024; }
+  int64_t resident_blocks(const Grid&, int) const { return multiprocessors(); }
   template <class... Parameters, class... Arguments>
   void operator()(const char* name, void (*kernel)(Parameters...), Grid grid,
                   Arguments... arguments) {
@@ -49,7 +50,13 @@ class Launcher {
   }
   int64_t multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   size_t most_shared() const {
-    return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - 1024;
+    return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - kSharedBeside;
+  }
+  // Blocks that run at the same time, if a multiprocessor has registers for so many.
+  int64_t resident_blocks(const Grid& grid, int by_registers) const {
+    const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
+                           int64_t(grid.shared + kSharedBeside);
+    return multiprocessors() * (shared < by_registers ? (shared > 1 ? shared : 1) : by_registers);
   }
   template <class... Parameters, class... Arguments>
   void operator()(const char*, void (*kernel)(Parameters...), Grid grid, Arguments... arguments) {
@@ -67,6 +74,8 @@ class Launcher {
     return value;
   }
   static constexpr size_t kSharedWithoutAsking = 48 << 10;
+  // What a block has beside its dynamic part: arrays of fixed size, and a kibibyte of the system's.
+  static constexpr size_t kSharedBeside = 4 << 10;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

@@ -47,17 +47,55 @@ __device__ __forceinline__ T shared_add(SharedPointer<T> array, int64_t i, T val
 #endif
 }
 
+// Asks for the line of an address that may be read later; any address will do.
+__device__ __forceinline__ void prefetch(const void* p) {
+#if !defined(STILLHOUSE_SIMT)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+#endif
+}
+
 struct Grid {
   int64_t blocks;
   int threads;
   size_t shared = 0;  // bytes of dynamic shared memory a block
 };
 
-// 16 bytes that move at once. The address is a multiple of 16.
+// 16 bytes that move at once, as four words: elements of 16 bits would be taken apart as soon as they are
+// loaded, and so be waited for. The address is a multiple of 16.
 template <class T>
 struct alignas(16) Vector16 {
   static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
+  uint32_t word[4];
+
+  SH_INLINE T get(int i) const {
+    T x;
+    if constexpr (sizeof(T) == 2) {
+      x.bits = uint16_t(word[i / 2] >> 16 * (i % 2));
+    } else if constexpr (std::is_same<T, float>::value) {
+      x = as_float(word[i]);
+    } else if constexpr (std::is_same<T, double>::value) {
+      __builtin_memcpy(&x, word + 2 * i, sizeof x);
+    } else {
+      x = T(word[i]);
+    }
+    return x;
+  }
+  SH_INLINE void set(int i, T x) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t other = i % 2 == 0 ? 0xffff0000u : 0xffffu;
+      word[i / 2] = (word[i / 2] & other) | uint32_t(x.bits) << 16 * (i % 2);
+    } else if constexpr (std::is_same<T, float>::value) {
+      word[i] = as_bits(x);
+    } else {
+      static_assert(std::is_same<T, double>::value, "a float of 2, 4 or 8 bytes");
+      __builtin_memcpy(word + 2 * i, &x, sizeof x);
+    }
+  }
+  // The same bytes as elements of another type.
+  template <class Other>
+  SH_INLINE Vector16<Other> as() const {
+    return {{word[0], word[1], word[2], word[3]}};
+  }
 };
 template <class T>
 __device__ __forceinline__ Vector16<T> load_vector(const T* p) {
@@ -72,8 +110,8 @@ __device__ __forceinline__ Vector16<T> load_vector(const T* p) {
 template <class T>
 Vector16<T> load_vector(const simt::Shared<T>& p) {
   if (p.first() * sizeof(T) % 16 != 0) simt::fail(SIMT_SITE, "misaligned access of 16 bytes");
-  Vector16<T> v;
-  for (int i = 0; i < v.kSize; ++i) v.at[i] = p[i];
+  Vector16<T> v{};
+  for (int i = 0; i < v.kSize; ++i) v.set(i, p[i]);
   return v;
 }
 #endif

@@ -23,6 +23,9 @@ struct Rows {
 SH_INLINE char* row_of(const Rows& rows, int64_t r) {
   char* data = rows.data;
   // The first dimension needs no division, which costs as much as a short row's logarithm.
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
   for (int i = rows.leading - 1; i > 0; --i) {
     data += (r % rows.size[i]) * rows.stride[i];
     r /= rows.size[i];

@@ -104,6 +104,49 @@ __device__ __forceinline__ void copy_async(SharedPointer<T> to, const T* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 #endif
 }
+
+// Vectors of 16 bytes that lie one after the other in shared memory. Their address is a number that the
+// compiler keeps: a pointer's it would make again in every iteration.
+template <class T>
+class SharedVectors {
+ public:
+  static constexpr int kSize = Vector16<T>::kSize;
+#if defined(STILLHOUSE_SIMT)
+  explicit SharedVectors(SharedPointer<T> first) : first_(first) {}
+  Vector16<T> load(int i) const { return load_vector(first_ + i * kSize); }
+  void store(int i, const Vector16<T>& v) const {
+    for (int j = 0; j < kSize; ++j) first_[i * kSize + j] = v.get(j);
+  }
+  void copy_async(int i, const T* from) const { stillhouse::copy_async(first_ + i * kSize, from); }
+
+ private:
+  SharedPointer<T> first_;
+#else
+  __device__ explicit SharedVectors(SharedPointer<T> first)
+      : first_(unsigned(__cvta_generic_to_shared(first))) {}
+  __device__ __forceinline__ Vector16<T> load(int i) const {
+    Vector16<T> v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "r"(first_ + 16 * i)
+                 : "memory");
+    return v;
+  }
+  __device__ __forceinline__ void store(int i, const Vector16<T>& v) const {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(first_ + 16 * i), "r"(v.word[0]),
+                 "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                 : "memory");
+  }
+  __device__ __forceinline__ void copy_async(int i, const T* from) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(first_ + 16 * i), "l"(from)
+                 : "memory");
+  }
+
+ private:
+  unsigned first_;
+#endif
+};
+
 // Ends a group of copies.
 __device__ __forceinline__ void copy_async_commit() {
 #if defined(STILLHOUSE_SIMT)

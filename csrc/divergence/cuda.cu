@@ -9,64 +9,85 @@
 namespace stillhouse {
 namespace {
 
-// Above this many columns (a chunk less, for rows that do not start on 16 bytes) a row does not stay in
-// the registers of a team.
+// Columns of a row that stay in the registers of a team; fewer by what rows that do not start on 16 bytes
+// may need at their ends.
 template <class In, int kThreads>
-constexpr int64_t kColumns = kThreads * kHeld - kChunk<In>;
-
-template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
-void launch_rows(const Problem<Real>& p, Launcher& launch, size_t shared = 0) {
-  constexpr int kBlock = kBlockThreads<kThreads>;
-  constexpr int64_t kTeams = kBlock / kThreads;
-  launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kHold, kPlain>,
-         Grid{(p.rows + kTeams - 1) / kTeams, kBlock, shared}, p);
+int64_t most_in_registers(const Problem<float>& p) {
+  const auto aligned = [](const Rows& rows) {
+    uintptr_t bits = reinterpret_cast<uintptr_t>(rows.data);
+    for (int i = 0; i < rows.leading; ++i) bits |= uintptr_t(rows.stride[i]);
+    return bits % 16 == 0;
+  };
+  return kThreads * kHeld - (aligned(p.student.rows) ? 0 : kChunk<In>);
+}
+template <class In, int kThreads>
+int64_t most_in_registers(const Problem<double>&) {
+  return kThreads * kHeld - kChunk<In>;
 }
 
-// Above this many columns a row that shares its multiprocessor with no other gets a team of 512.
+template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
+void launch_rows(const Problem<Real>& p, Launcher& launch) {
+  constexpr int kBlock = kBlockThreads<kThreads>;
+  constexpr int64_t kTeams = kBlock / kThreads;
+  Grid grid{(p.rows + kTeams - 1) / kTeams, kBlock};
+  if (kHold == Hold::shared) grid.shared = size_t(kTeams) * pair_bytes<In>(int(p.vocab));
+  // A team that takes several rows asks for the next one while it works on the last.
+  const int64_t at_once = launch.resident_blocks(grid, kBlocks<Real, kThreads, kHold, kPlain>);
+  if (grid.blocks > at_once) grid.blocks = at_once;
+  launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kHold, kPlain>, grid, p);
+}
+
+// Bytes of a row pair up to which a warp takes it, and teams of 128 and of 256 that share a multiprocessor
+// with others. A team of 512 has it alone.
+constexpr size_t kOfWarp = 16 << 10, kOfMany = 48 << 10, kOfTwo = 108 << 10;
+// Columns above which a sorted row gets a block of 512 threads.
 constexpr int64_t kLarge = 8192;
 
-template <class Kind, class Real, class In>
+// Plain rows, and those with statistics, labels, a soft-cap or a mixture.
+template <class Kind, class Real, class In, bool kPlain>
 void choose_hold(const Problem<Real>& p, Launcher& launch) {
   const int64_t resident = p.resident_limit < 0 ? p.vocab : p.resident_limit;
   if (p.vocab <= resident) {
-    if (p.vocab <= kColumns<In, 32>)
-      return launch_rows<Kind, Real, In, 32, Hold::registers, true>(p, launch);
-    if (p.vocab <= kColumns<In, 256>)
-      return launch_rows<Kind, Real, In, 256, Hold::registers, true>(p, launch);
-    // Both sides, each of at most a chunk more than its columns.
-    const size_t shared = 2 * (size_t(p.vocab) / kChunk<In> + 2) * 16;
-    if (shared <= launch.most_shared()) {
-      if (p.vocab > kLarge)
-        return launch_rows<Kind, Real, In, 512, Hold::shared, true>(p, launch, shared);
-      return launch_rows<Kind, Real, In, 256, Hold::shared, true>(p, launch, shared);
+    if constexpr (Kind::kRow == RowNumbers::none) {
+      if (p.vocab <= most_in_registers<In, 32>(p))
+        return launch_rows<Kind, Real, In, 32, Hold::registers, kPlain>(p, launch);
     }
+    const size_t shared = pair_bytes<In>(int(p.vocab));
+    if (shared <= kOfWarp) return launch_rows<Kind, Real, In, 32, Hold::shared, kPlain>(p, launch);
+    if constexpr (kPlain) {
+      if (shared <= kOfMany)
+        return launch_rows<Kind, Real, In, 128, Hold::shared, kPlain>(p, launch);
+    }
+    if (shared <= kOfTwo && shared <= launch.most_shared())
+      return launch_rows<Kind, Real, In, 256, Hold::shared, kPlain>(p, launch);
+    if (shared <= launch.most_shared())
+      return launch_rows<Kind, Real, In, 512, Hold::shared, kPlain>(p, launch);
   }
   // Rows that are being worked on should stay in L2 until their last pass: one large team a
   // multiprocessor instead of three.
-  launch_rows<Kind, Real, In, 512, Hold::nothing, true>(p, launch);
-}
-
-// With statistics, labels, a soft-cap or a mixture.
-template <class Kind, class Real, class In>
-void choose_full(const Problem<Real>& p, Launcher& launch) {
-  if constexpr (!std::is_same<In, Mixed>::value && Kind::kRow == RowNumbers::none) {
-    if (p.vocab <= kColumns<In, 32> && (p.resident_limit < 0 || p.vocab <= p.resident_limit))
-      return launch_rows<Kind, Real, In, 32, Hold::registers, false>(p, launch);
-  } else {
-    // A head is found by a whole block.
-    if constexpr (Kind::kRow != RowNumbers::head) {
-      if (p.vocab <= 1024) return launch_rows<Kind, Real, In, 32, Hold::nothing, false>(p, launch);
-    }
-  }
-  launch_rows<Kind, Real, In, 256, Hold::nothing, false>(p, launch);
+  launch_rows<Kind, Real, In, kPlain ? 512 : 256, Hold::nothing, kPlain>(p, launch);
 }
 
 template <class Kind, class Real, class In>
 void choose_plain(const Problem<Real>& p, Launcher& launch) {
-  if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value &&
-                Kind::kRow == RowNumbers::none)
-    if (is_plain(p)) return choose_hold<Kind, Real, In>(p, launch);
-  choose_full<Kind, Real, In>(p, launch);
+  // A head is found by a whole block, with arrays of its own in shared memory.
+  if constexpr (Kind::kRow == RowNumbers::head) {
+    return launch_rows<Kind, Real, In, 256, Hold::nothing, false>(p, launch);
+  } else {
+    if constexpr (kHasTeacher<Kind> && !std::is_same<Kind, TAID>::value &&
+                  Kind::kRow == RowNumbers::none)
+      if (is_plain(p)) return choose_hold<Kind, Real, In, true>(p, launch);
+    choose_hold<Kind, Real, In, false>(p, launch);
+  }
+}
+
+// Rows whose types differ, and those of float64.
+template <class Kind, class Real>
+void choose_mixed(const Problem<Real>& p, Launcher& launch) {
+  if constexpr (Kind::kRow != RowNumbers::head) {
+    if (p.vocab <= 1024) return launch_rows<Kind, Real, Mixed, 32, Hold::nothing, false>(p, launch);
+  }
+  launch_rows<Kind, Real, Mixed, 256, Hold::nothing, false>(p, launch);
 }
 
 template <class Kind, class Real>
@@ -79,7 +100,7 @@ void choose_type(const Problem<Real>& p, Launcher& launch) {
     if (same && dtype == Dtype::bf16) return choose_plain<Kind, Real, Bf16>(p, launch);
     if (same && dtype == Dtype::fp16) return choose_plain<Kind, Real, Fp16>(p, launch);
   }
-  choose_full<Kind, Real, Mixed>(p, launch);
+  choose_mixed<Kind, Real>(p, launch);
 }
 
 // A row a multiprocessor at a time, and fewer where their scratch would be more than this.
@@ -118,11 +139,21 @@ void launch_sparse(const Problem<Real>& p, Launcher& launch) {
 
 // out = sum of weight * value, by one block in an order that does not change.
 template <class Real>
-__global__ void total_kernel(const Real* weight, const Real* value, int64_t rows, Real* out) {
+__global__ void __launch_bounds__(1024)
+    total_kernel(const Real* weight, const Real* value, int64_t rows, Real* out) {
+  constexpr int kAtOnce = 8;  // loads under way
   double sum[1] = {0};
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x)
-    sum[0] += double(weight[r]) * double(value[r]);
-  Team<256>::reduce(sum, Add());
+  for (int64_t r = threadIdx.x; r < rows; r += kAtOnce * 1024) {
+    Real product[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t at = r + i * 1024;
+      product[i] = at < rows ? weight[at] * value[at] : Real(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum[0] += double(product[i]);
+  }
+  Team<1024>::reduce(sum, Add());
   if (threadIdx.x == 0) *out = Real(sum[0]);
 }
 
@@ -140,6 +171,7 @@ struct Cuda {
   template <class Real>
   static void launch(const Problem<Real>& p, const Tensor& student) {
     if (p.rows == 0) return;
+    STD_TORCH_CHECK(p.width < int64_t(1) << 30, "a row of ", p.width, " columns is too long");
     Launcher launch(student);
     if (p.sparse.ids != nullptr) return launch_sparse(p, launch);
     switch (p.kind) {
@@ -168,27 +200,48 @@ struct Cuda {
   template <class Real>
   static void total(const Problem<Real>& p, Real* out, const Tensor& student) {
     Launcher launch(student);
-    launch("total", total_kernel<Real>, Grid{1, 256}, p.weight, p.value, p.rows, out);
+    launch("total", total_kernel<Real>, Grid{1, 1024}, p.weight, p.value, p.rows, out);
   }
 };
 
-// gradient *= upstream; returns at once when upstream is 1.
+// gradient *= upstream, a warp a row in turn; returns at once when upstream is 1.
 template <class Up>
-__global__ void scale_kernel(const Rows gradient, int64_t width, const Up* upstream) {
+__global__ void __launch_bounds__(256)
+    scale_kernel(const Rows gradient, int64_t rows, int width, const Up* upstream) {
   const Up factor = *upstream;
   if (factor == Up(1)) return;
-  with_type(gradient.dtype, row_of(gradient, blockIdx.x), [&](auto* row) {
-    for (int64_t j = threadIdx.x; j < width; j += blockDim.x)
-      narrow(Up(widen(row[j])) * factor, row[j]);
-  });
+  const auto scale = [&](auto in, char* row) {
+    using In = decltype(in);
+    using Side = DeviceSide<In, Up, true>;
+    Side side;
+    side.row = row, side.vocab = width;
+    const int head = side.head(), origin = head > 0 ? head - Side::kSize : 0;
+    side.aligned = true;
+    for (int start = origin + Team<32>::rank() * Side::kSize; start < width;
+         start += 32 * Side::kSize) {
+      Up x[Side::kSize];
+      side.load(start, x);
+#pragma unroll
+      for (int i = 0; i < Side::kSize; ++i) x[i] *= factor;
+      store_chunk<In>(row, gradient.dtype, true, start, width, x);
+    }
+  };
+  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
+  for (int64_t r = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += warps)
+    with_type(gradient.dtype, row_of(gradient, r), [&](auto* row) {
+      scale(std::remove_reference_t<decltype(*row)>(), reinterpret_cast<char*>(row));
+    });
 }
 
 template <class Up>
 void launch_scale(const Tensor& gradient, const Tensor& upstream) {
   if (gradient.numel() == 0) return;
   Launcher launch(gradient);
-  launch("scale", scale_kernel<Up>, Grid{count_rows(gradient), 256}, rows_of(gradient),
-         gradient.size(gradient.dim() - 1), static_cast<const Up*>(upstream.const_data_ptr()));
+  const int64_t rows = count_rows(gradient), blocks = (rows + 7) / 8;
+  const int64_t at_once = 8 * launch.multiprocessors();
+  launch("scale", scale_kernel<Up>, Grid{blocks < at_once ? blocks : at_once, 256},
+         rows_of(gradient), rows, int(gradient.size(gradient.dim() - 1)),
+         static_cast<const Up*>(upstream.const_data_ptr()));
 }
 
 void scale_(Tensor gradient, const Tensor& upstream) {

@@ -8,23 +8,61 @@ namespace stillhouse {
 // A kernel's block: its threads, and how many blocks an SM must have registers for without spilling.
 template <int kThreads>
 constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
-template <class Kind, int kThreads, Hold kHold, bool kPlain>
-constexpr int kBlocks = !kPlain || kThreads > 256                    ? 1
-                        : kOnePass<Kind> && kHold != Hold::registers ? 3
-                                                                     : 2;
+template <class Real, int kThreads, Hold kHold, bool kPlain>
+constexpr int kBlocks = kThreads > 256 || sizeof(Real) == 8 || (!kPlain && kHold == Hold::nothing)
+                            ? 1
+                        : kThreads == 256 ? 2
+                        : kPlain          ? 5
+                                          : 4;
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Kind, kThreads, kHold, kPlain>))
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Real, kThreads, kHold, kPlain>))
     divergence_kernel(const Problem<Real> problem) {
-  SHARED_DYNAMIC(In, shared);
-  const int64_t teams = int64_t(blockDim.x) / kThreads;
-  const int64_t r = int64_t(blockIdx.x) * teams + int64_t(threadIdx.x) / kThreads;
+  using Row = DeviceRow<Kind, Real, In, kThreads, kHold, kPlain>;
+  SHARED_DYNAMIC(In, dynamic);
+  const int team = int(threadIdx.x) / kThreads, teams = int(blockDim.x) / kThreads;
+  const size_t of_team = kHold == Hold::shared ? pair_bytes<In>(int(problem.vocab)) : 0;
+  const SharedVectors<In> shared(dynamic + team * int(of_team / sizeof(In)));
+  // Teams take rows in turn, and those that count as they come to them.
+  const int64_t step = int64_t(gridDim.x) * teams;
+  const auto from = [&](int64_t r) {
+    while (r < problem.rows && !prepare_row<kThreads>(problem, r)) r += step;
+    return r;
+  };
+  const int64_t own = int64_t(blockIdx.x) * teams + team;
+  prefetch_row(problem, own + step);
+  int64_t r = from(own), last = -1;
   if (r >= problem.rows) return;  // a whole team
-  if (!prepare_row<kThreads>(problem, r)) return;
-  DeviceRow<Kind, Real, In, kThreads, kHold, kPlain> row(problem, r, shared);
-  row.normalise();
-  row.run();
-  row.write();
+  typename Row::Pair pair(problem, r);
+  typename Row::Raw raw;
+  if constexpr (kHold == Hold::registers) raw = Row::fetch_row(pair);
+  for (int turn = 0; r < problem.rows; turn ^= 1) {
+    Row row(problem, r, pair, shared);
+    row.turn = turn;
+    if constexpr (kHold == Hold::shared) {
+      if (last < 0) row.copy_to_shared();
+    }
+    if constexpr (kHold == Hold::registers) row.raw = raw;
+    const int64_t next = from(r + step);
+    prefetch_row(problem, next + step);
+    row.has_next = next < problem.rows;
+    if (row.has_next) {
+      row.next = pair = typename Row::Pair(problem, next);
+      if constexpr (kHold == Hold::registers) raw = Row::fetch_row(pair);
+    }
+    row.normalise();
+    if constexpr (Row::kWritesLater) {
+      if (last >= 0) Row::write_value(problem, last, turn ^ 1);
+    }
+    row.run();
+    row.write();
+    last = r, r = next;
+    if constexpr (Row::kWritesLater) {
+      if (row.has_next) continue;
+      __syncthreads();
+      Row::write_value(problem, last, turn);
+    }
+  }
 }
 
 }  // namespace stillhouse

@@ -17,6 +17,7 @@ constexpr int64_t kLanes = 32;    // blocks are padded with -inf to a multiple o
 struct Logits {
   Rows rows;
   double scale, cap, temperature;  // x = cap tanh(scale u / cap) / temperature; cap 0: none
+  double gain = 1;                 // x over u, or over what the cap makes of it
 };
 
 // What a teacher that is known at k columns of a row says of the others: they are one outcome; they have

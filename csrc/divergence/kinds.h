@@ -38,7 +38,7 @@ struct MixtureLogs {
   SH_INLINE MixtureLogs(const Element<Real>& e, Real b) {
     const Real m = mul_add(b, e.p, (Real(1) - b) * e.q);
     const auto student_larger = e.q > e.p;
-    const Real larger = fast_log(select(student_larger, e.q, e.p) / m);
+    const Real larger = fast_log(quotient(select(student_larger, e.q, e.p), m));
     q_over_m = select(student_larger, larger, larger - e.delta);
     p_over_m = select(student_larger, larger + e.delta, larger);
   }
@@ -68,7 +68,7 @@ struct SkewKL : Sum {
   template <class Real, class Number>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
     const Real m = mul_add(Real(k.a), e.p, Real(1 - k.a) * e.q);
-    const Real share = Real(1 - k.a) * (e.q - e.p) / m;  // 1 - p / m, exactly 0 at p = q
+    const Real share = Real(1 - k.a) * quotient(e.q - e.p, m);  // 1 - p / m, exactly 0 at p = q
     return times(e.q, Real(1 - k.a) * share);
   }
 };
@@ -83,7 +83,7 @@ struct SkewReverseKL : Sum {
   template <class Real, class Number>
   SH_INLINE static Real slope(const Element<Real>& e, const KindParams<Number>& k) {
     const Real m = mul_add(Real(k.a), e.q, Real(1 - k.a) * e.p);
-    const Real share = Real(1 - k.a) * (e.p - e.q) / m;  // 1 - q / m, exactly 0 at p = q
+    const Real share = Real(1 - k.a) * quotient(e.p - e.q, m);  // 1 - q / m, exactly 0 at p = q
     return times(e.q, MixtureLogs<Real>(e, Real(1 - k.a)).q_over_m + Real(k.a) * share);
   }
 };

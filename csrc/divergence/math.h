@@ -54,7 +54,7 @@ struct MinusTwoPart {
 };
 template <class Real>
 SH_INLINE MinusTwoPart<Uniform<Real>> minus_two_part(double x) {
-  return {-Real(x), -Real(x - double(Real(x)))};
+  return {kept(-Real(x)), kept(-Real(x - double(Real(x))))};
 }
 
 // What a row's elements have in common: gains of the logits, log-sum-exps of both sides and of the

@@ -23,8 +23,8 @@ bool is_plain(const Problem<Real>& p) {
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
 struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>> {
   using Held = HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Kind>>;
-  using Held::each_chunk, Held::copy_to_shared, Held::teacher_gain;
-  using Held::kRegisters, Held::kSize, Held::origin;
+  using Held::chunks, Held::each_chunk, Held::each_group, Held::place, Held::teacher_gain;
+  using Held::kRegisters, Held::kSize, Held::origin, Held::shared;
   using Held::student, Held::teacher, Held::z, Held::t, Held::z_e, Held::t_e;
   using typename Held::Side;
   using typename Held::T;
@@ -33,25 +33,27 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
   const int64_t r;
   KindParams<Real> params;
   double means[2] = {};  // of the tempered logits, for kinds without them
-  Real z_shift = 0, t_shift = 0;
+  Exponential<Real> of_z, of_t, of_label;
   double z_lse = 0, t_lse = 0;
   RowScalars<Real, Uniform<Real>> scalars{};
   Real weight = 0;
   bool labelled = false;
-  Real label_gain2 = 0, label_factor = 0, label_weight = 0, uniform = 0, label_value = 0;
-  int64_t label = -1;
+  Real label_factor = 0, label_weight = 0, uniform = 0, label_value = 0;
+  int label = -1;  // -1 of one outside the row, too
   // Of a kind whose rows are without the label's column: that column.
   static constexpr bool kWithout = Kind::kRow == RowNumbers::label;
-  int64_t without = -1;
+  int without = -1;
   Real z_without = 0, t_without = 0, label_probability = 0;
   LabelColumn column;
   RowScalars<Real, Uniform<Real>> whole{};  // scalars of the rows with it
   Real agreement = 0;
+  int turn = 0;  // 0 and 1 in turn, from row to row of a team
 
-  __device__ NormalisedRow(const Problem<Real>& problem, int64_t r, SharedPointer<In> shared)
-      : Held(problem, r, shared), problem(problem), r(r), params(problem.params) {}
+  __device__ NormalisedRow(const Problem<Real>& problem, int64_t r, const typename Held::Pair& pair,
+                           const SharedVectors<In>& shared)
+      : Held(problem, pair, shared), problem(problem), r(r), params(problem.params) {}
 
-  __device__ void load(int slot, int64_t start) {
+  __device__ void load(int slot, int start) {
     Held::load(slot, start);
     if constexpr (kWithout) {
 #pragma unroll
@@ -61,11 +63,11 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
   }
 
   // Returns their sum.
-  __device__ static Real exponentials(const Real (&x)[kSize], Real shift, Real gain2,
+  __device__ static Real exponentials(const Real (&x)[kSize], const Exponential<Real>& of,
                                       Real (&e)[kSize]) {
     Real sum = 0;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) sum += e[i] = fast_exp2((x[i] - shift) * gain2);
+    for (int i = 0; i < kSize; ++i) sum += e[i] = of(x[i]);
     return sum;
   }
 
@@ -76,7 +78,7 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     Real z_origin = 0, t_origin = 0;
     if constexpr (kTakesMean<Kind>) {
       double s[4] = {};
-      each_chunk([&](int slot, int64_t start) {
+      each_chunk([&](int slot, int start) {
         load(slot, start);
         add_finite(z[slot], s[0], s[1], [](Real x) { return x; });
         add_finite(t[slot], s[2], s[3], [](Real x) { return x; });
@@ -87,7 +89,7 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     }
     if constexpr (kTakesSquares<Kind>) {
       double s[4] = {};
-      each_chunk([&](int slot, int64_t start) {
+      each_chunk([&](int slot, int start) {
         load(slot, start);
         add_finite(z[slot], s[0], s[1], [=](Real x) { return (x - z_origin) * (x - z_origin); });
         add_finite(t[slot], s[2], s[3], [=](Real x) { return (x - t_origin) * (x - t_origin); });
@@ -112,7 +114,7 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
   }
 
   // Those of the probabilities, after it.
-  __device__ void numbers_of_probabilities(Real gain2, Real t_gain2) {
+  __device__ void numbers_of_probabilities() {
     if constexpr (Kind::kRow == RowNumbers::means) {  // no sum would tell the row of a NaN
       means[0] += z_lse - z_lse;
       means[1] += t_lse - t_lse;
@@ -120,28 +122,27 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     if constexpr (Kind::kRow == RowNumbers::standard)
       params.r[1] = Real((z_lse - means[0]) - (t_lse - means[1]));
     if constexpr (Kind::kRow == RowNumbers::probability_norms) {
-      params.r[0] = inverse_probability_norm(z[0], 2 * gain2, student.gain, z_lse);
-      params.r[1] = inverse_probability_norm(t[0], 2 * t_gain2, teacher.gain, t_lse);
+      params.r[0] = inverse_probability_norm(z[0], student.gain, z_lse);
+      params.r[1] = inverse_probability_norm(t[0], teacher.gain, t_lse);
     }
     scalars.z_mean = minus_two_part<Real>(means[0]);
     scalars.t_mean = minus_two_part<Real>(means[1]);
   }
 
   // sum q^2 is the sum of exponentials of twice the logits.
-  __device__ Real inverse_probability_norm(const Real (&x)[kSize], Real gain2, Real gain,
-                                           double lse) {
+  __device__ Real inverse_probability_norm(const Real (&x)[kSize], Real gain, double lse) {
     RunningSum<Real> running;
-    each_chunk([&](int slot, int64_t start) {
+    each_chunk([&](int slot, int start) {
       load(slot, start);
-      running.add(x, gain2, Real(0));
+      running.add(x, Real(2 * gain * kLog2e), Real(0));
     });
     Real maximum[1] = {running.max};
     T::reduce(maximum, Largest());
-    const Real shift = RunningSum<Real>::shift_of(maximum[0]);
-    running.rescale(shift, gain2, Real(0));
+    const Exponential<Real> twice(2 * gain, RunningSum<Real>::shift_of(maximum[0]));
+    running.rescale(twice.shift, twice.gain2, Real(0));
     double sum[1] = {double(running.sum)};
     T::reduce(sum, Add());
-    return Real(::exp(lse - double(gain) * double(shift) - fast_log(sum[0]) / 2));
+    return Real(::exp(lse - (fast_log(sum[0]) + twice.to_zero(2 * double(gain))) / 2));
   }
 
   // RowNumbers::head, after pass 1.
@@ -149,12 +150,12 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     const double mu = double(params.a);
     const Real least =
         Real((t_lse + ::log(least_in_head(mu, problem.vocab))) / double(teacher.gain));
-    const uint64_t top = order_of(t_shift), most = fixed_mass(mu);
+    const uint64_t top = order_of(of_t.shift), most = fixed_mass(mu);
     const uint64_t bottom = order_of(least - Real(1e-3) * (1 + magnitude(least)));
-    int64_t first[2];
+    int first[2];
     first_columns(maxima, first);
     const auto each = [&](auto f) {  // f(offset, column, probability)
-      each_chunk([&](int slot, int64_t start) {
+      each_chunk([&](int slot, int start) {
         fetch(slot, start);
         for (int i = 0; i < kSize; ++i) {
           if (!(t[slot][i] > -INFINITY)) continue;
@@ -163,7 +164,7 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
       });
     };
     const HeadEnd by_size = find_head_end<kThreads>(top - bottom, most, [&](auto f) {
-      each([&](uint64_t offset, int64_t, const Element<Real>& e) {
+      each([&](uint64_t offset, int, const Element<Real>& e) {
         f(offset, fixed_mass(double(e.p)));
       });
     });
@@ -171,12 +172,12 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     if (by_size.size > 0)
       by_column = find_head_end<kThreads>(
           uint64_t(problem.vocab), by_size.room / by_size.size, [&](auto f) {
-            each([&](uint64_t offset, int64_t column, const Element<Real>&) {
+            each([&](uint64_t offset, int column, const Element<Real>&) {
               if (offset == by_size.end) f(uint64_t(column), uint64_t(1));
             });
           });
     double gaps[2] = {};
-    each([&](uint64_t offset, int64_t column, const Element<Real>& e) {
+    each([&](uint64_t offset, int column, const Element<Real>& e) {
       const bool in_head = offset < by_size.end || column == first[1] ||
                            (offset == by_size.end && uint64_t(column) < by_column.end);
       const double gap = double(magnitude(e.p - e.q));
@@ -191,79 +192,114 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
   __device__ void normalise() {
     const Real plain_gain = student.gain;
     if constexpr (kWithout) {
-      without = problem.labels[r];
-      const bool inside = without >= 0 && without < problem.vocab;
+      const int64_t y = problem.labels[r];
+      const bool inside = y >= 0 && y < problem.vocab;
+      without = inside ? int(y) : -1;
       z_without = inside ? student.column(without) : Real(NAN);
       t_without = inside ? teacher.column(without) : Real(NAN);
     }
-    if constexpr (kTakesMean<Kind> || kTakesSquares<Kind>) numbers_of_logits();
+    if constexpr (kTakesMean<Kind> || kTakesSquares<Kind>) {
+      if constexpr (kHold == Hold::shared) copy_async_wait<0>();
+      numbers_of_logits();
+    }
     const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain() * kLog2e);
-    Real own_label_gain2 = 0;
+    Real label_gain = 0, own_label_gain2 = 0;
+    bool inside = false;
     if (!kPlain && stillhouse::labelled(problem, r)) {
       labelled = true;
-      label = problem.labels[r];
+      inside = problem.labels[r] >= 0 && problem.labels[r] < problem.vocab;
+      label = inside ? int(problem.labels[r]) : -1;
       const double ratio = problem.student.temperature / problem.label_temperature;
-      label_gain2 = Real(Real(plain_gain * ratio) * kLog2e);
-      if (ratio != 1 || Kind::kRow == RowNumbers::standard) own_label_gain2 = label_gain2;
+      label_gain = Real(plain_gain * ratio);
+      if (ratio != 1 || Kind::kRow == RowNumbers::standard)
+        own_label_gain2 = Real(label_gain * kLog2e);
     }
-    RunningSum<Real> of_z, of_t;
+    RunningSum<Real> z_sum, t_sum;
     Real x_label = 0, finite_sum = 0, finite = 0;
     const bool smooth = labelled && problem.label_smoothing > 0;
-    if constexpr (kHold == Hold::shared) copy_to_shared();
-    each_chunk([&](int slot, int64_t start) {
-      load(slot, start);
-      if constexpr (kHold != Hold::nothing) {
-        of_z.widen_to(z[slot]);
-        if constexpr (kHasTeacher<Kind>) of_t.widen_to(t[slot]);
-      } else {
-        of_z.add(z[slot], gain2, own_label_gain2);
-        if constexpr (kHasTeacher<Kind>) of_t.add(t[slot], t_gain2, Real(0));
-      }
-      if (!kPlain && labelled) {
+    const auto look_for_label = [&](int slot, int start) {
+      if constexpr (!kPlain) {
+        if (!labelled) return;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           if (start + i == label) x_label = z[slot][i];
           if (smooth && z[slot][i] > -INFINITY) finite_sum += z[slot][i], finite += 1;
         }
       }
-    });
-
-    Real maxima[2] = {of_z.max, of_t.max};
-    T::reduce(maxima, Largest());
-    z_shift = RunningSum<Real>::shift_of(maxima[0]);
-    t_shift = RunningSum<Real>::shift_of(maxima[1]);
-    if constexpr (kHold != Hold::nothing) {
-      each_chunk([&](int slot, int64_t start) {
-        if constexpr (kHold == Hold::shared) load(slot, start);
-        of_z.sum += exponentials(z[slot], z_shift, gain2, z_e[slot]);
-        if constexpr (kHasTeacher<Kind>)
-          of_t.sum += exponentials(t[slot], t_shift, t_gain2, t_e[slot]);
-        if (own_label_gain2 > 0) {
-          for (int i = 0; i < kSize; ++i)
-            of_z.label_sum += fast_exp2((z[slot][i] - z_shift) * own_label_gain2);
+    };
+    const auto add = [&](int slot, Real z_top, Real t_top, int start) {
+      z_sum.add(z[slot], z_top, gain2, own_label_gain2);
+      if constexpr (kHasTeacher<Kind>) t_sum.add(t[slot], t_top, t_gain2, Real(0));
+      look_for_label(slot, start);
+    };
+    if constexpr (kHold == Hold::shared) {
+      each_group([&](int group) { Held::wait_for(group); },
+                 [&](int chunk) {
+                   if (chunk >= chunks) return;
+                   const int start = origin + chunk * kSize;
+                   if constexpr (kPlain) {
+                     const Vector16<In> of_z = shared.load(place(0, chunk)),
+                                        of_t = shared.load(place(1, chunk));
+                     Side::widen_all(of_z, z[0]);
+                     Side::widen_all(of_t, t[0]);
+                     add(0, largest_of<Real>(of_z), largest_of<Real>(of_t), start);
+                   } else {
+                     load(0, start);
+                     add(0, largest_of(z[0]), largest_of(t[0]), start);
+                   }
+                 },
+                 [](int) {});
+    } else {
+      each_chunk([&](int slot, int start) {
+        load(slot, start);
+        if constexpr (kRegisters) {
+          z_sum.max = Largest()(largest_of(z[slot]), z_sum.max);
+          if constexpr (kHasTeacher<Kind>) t_sum.max = Largest()(largest_of(t[slot]), t_sum.max);
+          look_for_label(slot, start);
+        } else {
+          add(slot, largest_of(z[slot]), largest_of(t[slot]), start);
         }
       });
-    } else {
-      of_z.rescale(z_shift, gain2, own_label_gain2);
-      of_t.rescale(t_shift, t_gain2, Real(0));
     }
-    double totals[3] = {double(of_z.sum), double(of_t.sum), double(of_z.label_sum)};
-    T::reduce(totals, Add());
-    z_lse = double(student.gain) * double(z_shift) + fast_log(totals[0]);
-    const Real z_factor = Real(1 / totals[0]);
+
+    Real maxima[2];
+    constexpr int kTotals = kPlain ? 2 : 3;
+    double totals[kTotals];
+    if constexpr (kRegisters) {
+      maxima[0] = z_sum.max, maxima[1] = t_sum.max;
+      T::reduce(maxima, Largest());
+      set_shifts(maxima, label_gain);
+      each_chunk([&](int slot, int) {
+        z_sum.sum += exponentials(z[slot], of_z, z_e[slot]);
+        if constexpr (kHasTeacher<Kind>) t_sum.sum += exponentials(t[slot], of_t, t_e[slot]);
+        if (own_label_gain2 > 0) {
+          for (int i = 0; i < kSize; ++i) z_sum.label_sum += of_label(z[slot][i]);
+        }
+      });
+      totals[0] = double(z_sum.sum), totals[1] = double(t_sum.sum);
+      if constexpr (!kPlain) totals[2] = double(z_sum.label_sum);
+      T::reduce(totals, Add());
+    } else {
+      combine(z_sum, t_sum, own_label_gain2, label_gain, maxima, totals);
+    }
+    // Of the two sides, by lanes of even and odd rank.
+    const double total = T::rank() % 2 == 0 ? totals[0] : totals[1];
+    const double log_total = fast_log(total), inverse = 1 / total;
+    z_lse = __shfl_sync(kFullMask, log_total, 0) + of_z.to_zero(double(student.gain));
+    const Real z_factor = kept(Real(__shfl_sync(kFullMask, inverse, 0)));
     scalars.z_gain = student.gain;
     scalars.z_lse = minus_two_part<Real>(z_lse);
     scalars.q_factor = z_factor;
     if constexpr (kHasTeacher<Kind>) {
-      t_lse = double(teacher_gain()) * double(t_shift) + fast_log(totals[1]);
+      t_lse = __shfl_sync(kFullMask, log_total, 1) + of_t.to_zero(double(teacher_gain()));
       scalars.t_gain = teacher_gain();
       scalars.ratio = student.gain / teacher_gain();
       scalars.t_lse = minus_two_part<Real>(t_lse);
       scalars.lse_difference = minus_two_part<Real>(t_lse - z_lse);
-      scalars.p_factor = Real(1 / totals[1]);
+      scalars.p_factor = kept(Real(__shfl_sync(kFullMask, inverse, 1)));
     }
 
-    if constexpr (Kind::kRow != RowNumbers::none) numbers_of_probabilities(gain2, t_gain2);
+    if constexpr (Kind::kRow != RowNumbers::none) numbers_of_probabilities();
     if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail(maxima);
     if constexpr (kWithout) {
       column = LabelColumn(double(student.gain) * double(z_without), z_lse,
@@ -273,41 +309,87 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     }
     const Real of_row = row_weight(problem, r);
     weight = of_row * Real((1 - problem.label_weight) * problem.factor) * student.gain;
-    if (!kPlain && labelled) {
-      Real parts[3] = {x_label, finite_sum, finite};
-      T::reduce(parts, Add());
-      const Real label_gain =
-          Real(plain_gain * (problem.student.temperature / problem.label_temperature));
-      double lse =
-          own_label_gain2 > 0 ? double(label_gain) * double(z_shift) + fast_log(totals[2]) : z_lse;
-      label_factor = own_label_gain2 > 0 ? Real(1 / totals[2]) : z_factor;
-      if constexpr (kWithout) {
-        parts[0] = z_without;
-        const double of_column = double(label_gain) * double(z_without), of_rest = lse;
-        lse = LabelColumn::log_sum(of_column, of_rest);
-        label_factor *= Real(::exp(of_rest - lse));
-        label_probability = Real(::exp(of_column - lse));
+    if constexpr (!kPlain) {
+      if (labelled) {
+        Real parts[3] = {x_label, finite_sum, finite};
+        T::reduce(parts, Add());
+        const bool own = own_label_gain2 > 0;
+        double lse = own ? fast_log(totals[2]) + of_label.to_zero(double(label_gain)) : z_lse;
+        label_factor = own ? Real(1 / totals[2]) : z_factor;
+        if constexpr (kWithout) {
+          parts[0] = z_without;
+          const double of_column = double(label_gain) * double(z_without), of_rest = lse;
+          lse = LabelColumn::log_sum(of_column, of_rest);
+          label_factor *= Real(::exp(of_rest - lse));
+          label_probability = Real(::exp(of_column - lse));
+        }
+        label_weight = of_row * Real(problem.label_weight) * label_gain;
+        const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
+        // A label outside the row cannot raise from here without stopping the stream.
+        label_value = inside ? hot * Real(lse - double(label_gain) * parts[0]) : Real(NAN);
+        if (smooth) {
+          uniform = smoothing / parts[2];
+          label_value += Real(double(smoothing) * lse - double(uniform * label_gain) * parts[1]);
+        }
       }
-      label_weight = of_row * Real(problem.label_weight) * label_gain;
-      const Real smoothing = Real(problem.label_smoothing), hot = 1 - smoothing;
-      // A label outside the row cannot raise from here without stopping the stream.
-      const bool inside = label >= 0 && label < problem.vocab;
-      label_value = inside ? hot * Real(lse - double(label_gain) * parts[0]) : Real(NAN);
-      if (smooth) {
-        uniform = smoothing / parts[2];
-        label_value += Real(double(smoothing) * lse - double(uniform * label_gain) * parts[1]);
-      }
+      if (problem.stats != nullptr) agree(maxima);
     }
-    if (!kPlain && problem.stats != nullptr) agree(maxima);
+  }
+
+  __device__ void set_shifts(const Real (&maxima)[2], Real label_gain) {
+    of_z = Exponential<Real>(student.gain, RunningSum<Real>::shift_of(maxima[0]));
+    of_t = Exponential<Real>(teacher_gain(), RunningSum<Real>::shift_of(maxima[1]));
+    of_label = Exponential<Real>(label_gain, of_z.shift);
+  }
+
+  // Maxima of the team and sums relative to them, of threads that each have their own: lane by lane, then
+  // warp by warp, with one barrier.
+  template <int kTotals>
+  __device__ void combine(RunningSum<Real> z_sum, RunningSum<Real> t_sum, Real own_label_gain2,
+                          Real label_gain, Real (&maxima)[2], double (&totals)[kTotals]) {
+    const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain() * kLog2e);
+    maxima[0] = z_sum.max, maxima[1] = t_sum.max;
+    T::of_warp(maxima, Largest());
+    z_sum.rescale(RunningSum<Real>::shift_of(maxima[0]), gain2, own_label_gain2);
+    t_sum.rescale(RunningSum<Real>::shift_of(maxima[1]), t_gain2, Real(0));
+    totals[0] = double(z_sum.sum), totals[1] = double(t_sum.sum);
+    if constexpr (kTotals > 2) totals[2] = double(z_sum.label_sum);
+    T::of_warp(totals, Add());
+    if constexpr (T::kWarps > 1) {
+      // Two places, for rows in turn: whoever writes to one has passed the barrier of the row between,
+      // and so have all who read there.
+      constexpr int kNumbers = 2 + kTotals;
+      SHARED_ARRAY(double, places, 2 * T::kWarps * kNumbers);
+      const SharedPointer<double> place = places + turn * T::kWarps * kNumbers;
+      double numbers[kNumbers] = {double(maxima[0]), double(maxima[1])};
+      for (int i = 0; i < kTotals; ++i) numbers[2 + i] = totals[i];
+      T::leave(place, numbers);
+      T::sync();
+      T::find(place, numbers);
+      const Real own[2] = {Real(numbers[0]), Real(numbers[1])};
+      maxima[0] = own[0], maxima[1] = own[1];
+      T::of_warps(maxima, Largest());
+      set_shifts(maxima, label_gain);
+      const auto at_maximum = [](double sum, Real own, Real gain2, const Exponential<Real>& of) {
+        return own > -INFINITY ? sum * double(fast_exp2(own * gain2 - of.offset)) : sum;
+      };
+      totals[0] = at_maximum(numbers[2], own[0], gain2, of_z);
+      totals[1] = at_maximum(numbers[3], own[1], t_gain2, of_t);
+      if constexpr (kTotals > 2)
+        totals[2] = at_maximum(numbers[4], own[0], own_label_gain2, of_label);
+      T::of_warps(totals, Add());
+    } else {
+      set_shifts(maxima, label_gain);
+    }
   }
 
   // The first column of each maximum.
-  __device__ void first_columns(const Real (&maxima)[2], int64_t (&first)[2]) {
-    first[0] = first[1] = -problem.vocab;  // negated: the largest is the first
-    each_chunk([&](int slot, int64_t start) {
+  __device__ void first_columns(const Real (&maxima)[2], int (&first)[2]) {
+    first[0] = first[1] = -student.vocab;  // negated: the largest is the first
+    each_chunk([&](int slot, int start) {
       if constexpr (!kRegisters) load(slot, start);
       for (int i = kSize - 1; i >= 0; --i) {
-        if (start + i < 0 || start + i >= problem.vocab) continue;
+        if (start + i < 0 || start + i >= student.vocab) continue;
         if (z[slot][i] == maxima[0] && -(start + i) > first[0]) first[0] = -(start + i);
         if (t[slot][i] == maxima[1] && -(start + i) > first[1]) first[1] = -(start + i);
       }
@@ -321,7 +403,7 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
       agreement = Real(NAN);
       return;
     }
-    int64_t first[2];
+    int first[2];
     first_columns(maxima, first);
     if constexpr (
         kWithout) {  // of the rest; the label's column may be larger, or as large and before
@@ -334,18 +416,17 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
   }
 
   // The logits of a chunk and their exponentials, once more where registers do not hold them.
-  __device__ void fetch(int slot, int64_t start) {
+  __device__ void fetch(int slot, int start) {
     if constexpr (kRegisters) return;
     load(slot, start);
-    exponentials(z[slot], z_shift, Real(student.gain * kLog2e), z_e[slot]);
-    if constexpr (kHasTeacher<Kind>)
-      exponentials(t[slot], t_shift, Real(teacher_gain() * kLog2e), t_e[slot]);
+    exponentials(z[slot], of_z, z_e[slot]);
+    if constexpr (kHasTeacher<Kind>) exponentials(t[slot], of_t, t_e[slot]);
   }
 
   // A column's gradient with the label's part, and what the soft-cap makes of it.
-  __device__ Real with_label(Real g, Real x, int64_t at) const {
+  __device__ Real with_label(Real g, Real x, int at) const {
     if (!labelled) return g;
-    const Real q1 = label_factor * fast_exp2((x - z_shift) * label_gain2);
+    const Real q1 = label_factor * of_label(x);
     g += label_weight * (q1 - (x > -INFINITY ? uniform : Real(0)));
     return at == label ? g - label_weight * (1 - Real(problem.label_smoothing)) : g;
   }

@@ -123,6 +123,8 @@ Problem<Real> make_problem(const Arguments& a, std::vector<Tensor>& hold) {
   STD_TORCH_CHECK(a.ids || a.kind != kSupportKL, "SupportKL needs a sparse teacher");
   STD_TORCH_CHECK(p.student.temperature > 0 && (!a.teacher || p.teacher.temperature > 0),
                   "temperatures must be positive");
+  for (Logits* side : {&p.student, &p.teacher})
+    side->gain = (side->cap > 0 ? 1.0 : side->scale) / side->temperature;
   STD_TORCH_CHECK(a.labels || !needs_labels(a.kind), "cross-entropy and DKD need labels");
   STD_TORCH_CHECK(a.teacher || a.kind == kCrossEntropy || a.kind == kOneSide,
                   "a divergence needs a teacher");

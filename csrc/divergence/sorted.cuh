@@ -69,7 +69,8 @@ struct DeviceSortedRow {
   Side side[2];
   SharedPointer<int32_t> left[2];  // [kBins], columns of a bin; as they go to scratch, what is left
   SharedPointer<int32_t> before[2];  // [kBins + 1], columns of the bins before
-  Real gain2[2], shift[2], factor[2];
+  Exponential<Real> of[2], of_label;
+  Real factor[2];
   double lse[2];
   bool labelled = false;
   Real label_gain = 0, label_factor = 0, label_value = 0;
@@ -79,8 +80,8 @@ struct DeviceSortedRow {
   __device__ DeviceSortedRow(const Problem<Real>& problem, int64_t r, SharedPointer<int32_t> bins,
                              char* scratch, int64_t columns)
       : problem(problem), r(r), scratch(scratch, columns) {
-    side[0] = Side(problem.student, r, problem.vocab);
-    side[1] = Side(problem.teacher, r, problem.teacher_vocab);
+    side[0] = Side(problem.student, r, int(problem.vocab));
+    side[1] = Side(problem.teacher, r, int(problem.teacher_vocab));
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       left[s] = bins + s * kBins;
@@ -92,7 +93,7 @@ struct DeviceSortedRow {
   // f(first column, logits) for the chunks of this thread.
   template <class F>
   __device__ void each_chunk(int s, F f) const {
-    for (int64_t start = T::rank() * kSize; start < side[s].vocab; start += kThreads * kSize) {
+    for (int start = T::rank() * kSize; start < side[s].vocab; start += kThreads * kSize) {
       Real x[kSize];
       side[s].load(start, x);
       f(start, x);
@@ -101,41 +102,40 @@ struct DeviceSortedRow {
   // f(column, probability)
   template <class F>
   __device__ void each(int s, F f) const {
-    each_chunk(s, [&](int64_t start, const Real(&x)[kSize]) {
+    each_chunk(s, [&](int start, const Real(&x)[kSize]) {
       for (int i = 0; i < kSize; ++i)
         if (start + i < side[s].vocab) f(start + i, probability(s, x[i]));
     });
   }
   // kBins for none of them.
   __device__ static int bin_of(Real q) { return rank_bin(q) / (kRankBins / kBins); }
-  __device__ Real probability(int s, Real x) const {
-    return factor[s] * fast_exp2((x - shift[s]) * gain2[s]);
-  }
+  __device__ Real probability(int s, Real x) const { return factor[s] * of[s](x); }
 
   __device__ void normalise() {
     labelled = stillhouse::labelled(problem, r);
     const Real ratio = Real(problem.student.temperature / problem.label_temperature);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      gain2[s] = Real(side[s].gain * kLog2e);
+      const Real gain2 = Real(side[s].gain * kLog2e);
       const bool with_label = labelled && s == 0;
       if (with_label) label_gain = side[0].gain * ratio;
       const Real label_gain2 = with_label ? Real(label_gain * kLog2e) : Real(0);
       RunningSum<Real> running;
-      each_chunk(s, [&](int64_t, const Real(&x)[kSize]) { running.add(x, gain2[s], label_gain2); });
+      each_chunk(s, [&](int, const Real(&x)[kSize]) { running.add(x, gain2, label_gain2); });
       Real top[1] = {running.max};
       T::reduce(top, Largest());
-      shift[s] = RunningSum<Real>::shift_of(top[0]);
-      running.rescale(shift[s], gain2[s], label_gain2);
+      of[s] = Exponential<Real>(side[s].gain, RunningSum<Real>::shift_of(top[0]));
+      running.rescale(of[s].shift, gain2, label_gain2);
       double total[2] = {double(running.sum), double(running.label_sum)};
       T::reduce(total, Add());
-      lse[s] = double(side[s].gain) * double(shift[s]) + fast_log(total[0]);
+      lse[s] = fast_log(total[0]) + of[s].to_zero(double(side[s].gain));
       factor[s] = Real(1 / total[0]);
       if (!with_label) continue;
+      of_label = Exponential<Real>(label_gain, of[0].shift);
       label_factor = Real(1 / total[1]);
       const int64_t y = problem.labels[r];
       const bool inside = y >= 0 && y < problem.vocab;  // to raise, the host would have to wait
-      const double label_lse = double(label_gain) * double(shift[0]) + fast_log(total[1]);
+      const double label_lse = fast_log(total[1]) + of_label.to_zero(double(label_gain));
       label_value =
           inside ? Real(label_lse - double(label_gain) * double(side[0].column(y))) : Real(NAN);
     }
@@ -267,17 +267,16 @@ struct DeviceSortedRow {
     const Real H = Real(sums[kSlope] + nan());
     const int64_t y = labelled ? problem.labels[r] : -1;
     char* const row = row_of(problem.gradient, r);
-    each_chunk(0, [&](int64_t start, const Real(&x)[kSize]) {
+    each_chunk(0, [&](int start, const Real(&x)[kSize]) {
       Real g[kSize];
       for (int i = 0; i < kSize; ++i) {
-        const int64_t j = start + i;
+        const int j = start + i;
         const Real q = probability(0, x[i]);
         g[i] = 0;
         if (j >= student.vocab) continue;
         g[i] = (sign(0, j, q) - H) * q * weight;
         if (labelled) {
-          const Real q1 = label_factor * fast_exp2((x[i] - shift[0]) * Real(label_gain * kLog2e));
-          g[i] += label_weight * (q1 - Real(j == y));
+          g[i] += label_weight * (label_factor * of_label(x[i]) - Real(j == y));
         }
         if (student.cap > 0) {
           const Real share = x[i] / student.cap;

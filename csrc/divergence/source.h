@@ -122,7 +122,7 @@ struct Source {
         buffer(buffer),
         dtype(logits.rows.dtype),
         vocab(vocab),
-        gain(Real((logits.cap > 0 ? 1.0 : logits.scale) / logits.temperature)),
+        gain(Real(logits.gain)),
         scale(Real(logits.scale)),
         cap(Real(logits.cap)) {}
 

@@ -72,24 +72,32 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   const bool even;           // all columns are outcomes: the unknown ones share alike
   bool broken = false;       // a column that does not exist, or one twice
   int64_t count = 0;         // of the known columns
-  Real gain2, t_gain, shift = 0, rest_shift = 0, log_rest = 0;
+  const Real t_gain;
+  Exponential<Real> of_row,
+      of_rest;  // relative to all columns' largest logit, to the unknown ones'
+  Real log_rest = 0;
   Real t_shift = 0;                      // of the known log-probabilities at their temperature
-  double rest_sum = 0, rest_in_row = 0;  // relative to rest_shift, to shift
-  double z_lse = 0, t_lse = 0;           // of the outcomes, the student's relative to shift
+  double rest_sum = 0, rest_in_row = 0;  // of exponentials of_rest, of_row
+  double z_lse = 0, t_lse = 0;           // of the outcomes, the student's relative to the shift
   double teacher_mass = 1;
   double given_log_rest = 0;  // log of what the others have; 0, which no rest can be, if not given
 
   __device__ DeviceSparseRow(const Problem<Real>& problem, int64_t r, SharedPointer<uint32_t> bits)
-      : Base(problem, r, SharedPointer<In>()),
+      : Base(problem, r, typename Base::Pair(problem, r), SharedVectors<In>(SharedPointer<In>())),
         bits(bits),
         ids(problem.sparse.ids + r * problem.sparse.k),
         support_alone(problem.kind == kSupportKL),
         even(problem.sparse.tail == kUniform && !support_alone),
-        gain2(Real(student.gain * kLog2e)),
         t_gain(Real(1 / problem.teacher.temperature)) {}
 
-  __device__ bool is_known(int64_t j) const {
-    return j >= 0 && j < problem.vocab && (uint32_t(bits[j / 32]) >> (j % 32) & 1u) != 0;
+  // A bit for each column of a chunk that is known, in its order.
+  __device__ __forceinline__ uint32_t known_of(int start) const {
+    const int word = start >> 5, last = (student.vocab - 1) >> 5;
+    const uint32_t low = word >= 0 ? uint32_t(bits[word]) : 0u;
+    uint32_t found = low >> (start & 31);
+    if ((start & 31) > 32 - kSize && word < last)
+      found |= uint32_t(bits[word + 1]) << (32 - (start & 31));
+    return found & ((1u << kSize) - 1);
   }
   // f(place, column) for the known columns of this thread.
   template <class F>
@@ -126,14 +134,17 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
 
   // Pass 1, and the log-sum-exps of both sides' outcomes.
   __device__ void normalise_outcomes() {
+    const Real gain2 = Real(student.gain * kLog2e);
     RunningSum<Real> rest;
     if (!support_alone) {
-      each_chunk([&](int, int64_t start) {
+      each_chunk([&](int, int start) {
         Real x[kSize];
         student.load(start, x);
+        if (const uint32_t known = known_of(start)) {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          if (is_known(start + i)) x[i] = -INFINITY;
+          for (int i = 0; i < kSize; ++i)
+            if (known >> i & 1) x[i] = -INFINITY;
+        }
         rest.add(x, gain2, Real(0));
       });
     }
@@ -144,8 +155,9 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       maxima[2] = y > maxima[2] ? y : maxima[2];
     });
     T::reduce(maxima, Largest());
-    rest_shift = RunningSum<Real>::shift_of(maxima[0]);
-    shift = RunningSum<Real>::shift_of(maxima[0] > maxima[1] ? maxima[0] : maxima[1]);
+    of_rest = Exponential<Real>(student.gain, RunningSum<Real>::shift_of(maxima[0]));
+    of_row = Exponential<Real>(student.gain,
+                               RunningSum<Real>::shift_of(Largest()(maxima[0], maxima[1])));
     const bool as_they_are = problem.sparse.tail == kDrop && !support_alone;
     const bool bucket = problem.sparse.tail == kBucket && !support_alone;
     double mass[1] = {0};  // of the known columns
@@ -162,18 +174,16 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       const Real share = log_rest * t_gain;
       t_shift = RunningSum<Real>::shift_of(even && share > maxima[2] ? share : maxima[2]);
     }
-    rest.rescale(rest_shift, gain2, Real(0));
+    rest.rescale(of_rest.shift, gain2, Real(0));
     double sums[3] = {double(rest.sum), 0, 0};  // of the rest; of the known: q, p
     each_known([&](int64_t i, int64_t j) {
-      const Real x = log_p(i);
-      sums[1] += double(fast_exp2((student.column(j) - shift) * gain2));
-      sums[2] += double(fast_exp2((x * t_gain - t_shift) * Real(kLog2e)));
+      sums[1] += double(known_q(student.column(j)));
+      sums[2] += double(known_p(log_p(i)));
     });
     T::reduce(sums, Add());
     rest_sum = sums[0];
-    rest_in_row = sums[0] > 0
-                      ? sums[0] * ::exp(double(student.gain) * (double(rest_shift) - double(shift)))
-                      : sums[0];
+    rest_in_row =
+        sums[0] > 0 ? sums[0] * ::exp2(double(of_rest.offset) - double(of_row.offset)) : sums[0];
     const double total = support_alone ? sums[1] : sums[1] + rest_in_row;
     double teacher_total = sums[2];
     if (even && log_rest > -INFINITY)
@@ -184,7 +194,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       teacher_mass = sums[2];
       teacher_total = 1;
     }
-    z_lse = ::log(total);
+    z_lse = ::log(total) + of_row.to_shift();
     t_lse = double(t_shift) + ::log(teacher_total);
     scalars.z_gain = student.gain;
     scalars.t_gain = t_gain;
@@ -196,24 +206,34 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     scalars.p_factor = Real(1 / teacher_total);
   }
 
-  // Of a column; x is its logit.
+  // Of a column that is not known; x is its logit.
   __device__ Element<Real> element(Real x, Real log_p) const {
-    x -= shift;
-    return make_element(scalars, x, log_p, fast_exp2(x * gain2),
+    return make_element(scalars, x - of_row.shift, log_p, of_row(x),
                         fast_exp2((log_p * t_gain - t_shift) * Real(kLog2e)), 0);
+  }
+  // Of one that is. They are few and have most of the mass: their exponentials are made in double.
+  __device__ Real known_q(Real x) const {
+    return Real(::exp2(mul_add(double(x), double(of_row.gain2), -double(of_row.offset))));
+  }
+  __device__ Real known_p(Real log_p) const {
+    return Real(::exp2((double(log_p) * double(t_gain) - double(t_shift)) * kLog2e));
+  }
+  __device__ Element<Real> known_element(Real x, Real log_p) const {
+    return make_element(scalars, x - of_row.shift, log_p, known_q(x), known_p(log_p), 0);
   }
   // Of all columns that are not known.
   __device__ Element<Real> rest_outcome() const {
-    const double x = ::log(rest_sum) / double(student.gain) + (double(rest_shift) - double(shift));
+    const double x = (::log(rest_sum) + of_rest.to_shift()) / double(student.gain) +
+                     (double(of_rest.shift) - double(of_row.shift));
     return make_element(scalars, Real(x), log_rest, Real(rest_in_row),
                         fast_exp2(log_rest * t_gain * Real(kLog2e)), 0);
   }
   // f(element) for the outcomes of this thread.
   template <class F>
   __device__ void each_outcome(F f) {
-    each_known([&](int64_t i, int64_t j) { f(element(student.column(j), log_p(i))); });
+    each_known([&](int64_t i, int64_t j) { f(known_element(student.column(j), log_p(i))); });
     if (even) {
-      each_unknown([&](int64_t, Real x) { f(element(x, log_rest)); });
+      each_unknown([&](int, Real x) { f(element(x, log_rest)); });
     } else if (!support_alone && T::rank() == 0) {
       f(rest_outcome());
     }
@@ -221,11 +241,12 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   // f(column, logit)
   template <class F>
   __device__ void each_unknown(F f) {
-    each_chunk([&](int, int64_t start) {
+    each_chunk([&](int, int start) {
       Real x[kSize];
       student.load(start, x);
+      const uint32_t known = known_of(start);
       for (int i = 0; i < kSize; ++i)
-        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i)) f(start + i, x[i]);
+        if (start + i >= 0 && start + i < student.vocab && !(known >> i & 1)) f(start + i, x[i]);
     });
   }
 
@@ -260,37 +281,38 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     char* row = row_of(problem.gradient, r);
     const Dtype dtype = problem.gradient.dtype;
     const bool aligned = Side::on_16_bytes(row, origin);
-    const auto write = [&](int64_t j, Real g, Real x) {
+    const auto write = [&](int j, Real g, Real x) {
       with_type(dtype, row, [&](auto* out) { narrow(with_cap(with_label(g, x, j), x), out[j]); });
     };
     if (broken) {  // the bits may be wrong, too
-      for (int64_t j = T::rank(); j < problem.vocab; j += kThreads) write(j, Real(NAN), Real(NAN));
+      for (int j = T::rank(); j < student.vocab; j += kThreads) write(j, Real(NAN), Real(NAN));
       return;
     }
     Real factor = 0;  // of an unknown column's exponential
     if (!even && !support_alone && rest_sum != 0)
       factor = Real(double(slope_of(rest_outcome(), H)) / rest_sum);
-    each_chunk([&](int, int64_t start) {
+    each_chunk([&](int, int start) {
       Real x[kSize], g[kSize];
       student.load(start, x);
-      bool whole = true;
-      for (int i = 0; i < kSize; ++i) {
-        whole = whole && !is_known(start + i);
-        g[i] = even          ? slope_of(element(x[i], log_rest), H)
-               : factor != 0 ? factor * fast_exp2((x[i] - rest_shift) * gain2)
-                             : Real(0);
+      if (even) {
+        for (int i = 0; i < kSize; ++i) g[i] = slope_of(element(x[i], log_rest), H);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) g[i] = factor != 0 ? factor * of_rest(x[i]) : Real(0);
       }
-      if (whole) {
-        for (int i = 0; i < kSize; ++i) g[i] = with_cap(with_label(g[i], x[i], start + i), x[i]);
-        return store_chunk<In>(row, dtype, aligned, start, problem.vocab, g);
-      }
-      for (int i = 0; i < kSize; ++i)
-        if (start + i >= 0 && start + i < problem.vocab && !is_known(start + i))
-          write(start + i, g[i], x[i]);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) g[i] = with_cap(with_label(g[i], x[i], start + i), x[i]);
+      const uint32_t known = known_of(start);
+      if (known == 0) return store_chunk<In>(row, dtype, aligned, start, student.vocab, g);
+      with_type(dtype, row, [&](auto* out) {
+        for (int i = 0; i < kSize; ++i)
+          if (start + i >= 0 && start + i < student.vocab && !(known >> i & 1))
+            narrow(g[i], out[start + i]);
+      });
     });
     each_known([&](int64_t i, int64_t j) {
       const Real x = student.column(j);
-      write(j, slope_of(element(x, log_p(i)), H), x);
+      write(int(j), slope_of(known_element(x, log_p(i)), H), x);
     });
   }
 
@@ -308,7 +330,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
         const Element<Real> e = element(x, log_rest);
         sums[2] += double(times(e.q, -e.lq));
       };
-      each_unknown([&](int64_t, Real x) { add(x); });
+      each_unknown([&](int, Real x) { add(x); });
       each_known([&](int64_t, int64_t j) { add(student.column(j)); });
     }
     T::reduce(sums, Add());
@@ -318,7 +340,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       top[1] = log_p(i) > top[1] ? log_p(i) : top[1];
     });
     if (even) top[1] = log_rest > top[1] ? log_rest : top[1];
-    if (!support_alone) top[0] = shift;
+    if (!support_alone) top[0] = of_row.shift;
     T::reduce(top, Largest());
     int64_t first[2] = {-problem.vocab, -problem.vocab};  // negated: the largest is the first
     const auto look = [&](int side, Real x, int64_t j) {
@@ -329,7 +351,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
       look(1, log_p(i), j);
     });
     if (!support_alone) {
-      each_unknown([&](int64_t j, Real x) {
+      each_unknown([&](int j, Real x) {
         look(0, x, j);
         if (even) look(1, log_rest, j);
       });
@@ -340,7 +362,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
                                  Real(first[0] == first[1]),
                                  Real(sums[2]),
                                  Real(sums[3]),
-                                 Real(double(student.gain) * double(shift) + z_lse),
+                                 Real(double(student.gain) * double(of_row.shift) + z_lse),
                                  Real(t_lse),
                                  Real(sums[1])};
     for (int i = 0; i < kStats; ++i) problem.stats[i * problem.rows + r] = values[i];

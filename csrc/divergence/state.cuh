@@ -7,15 +7,16 @@
 namespace stillhouse {
 
 template <class Real, int kThreads>
-__global__ void __launch_bounds__(kThreads) state_kernel(const Problem<Real> problem, double* out) {
+__global__ void __launch_bounds__(kThreads, 1)
+    state_kernel(const Problem<Real> problem, double* out) {
   using T = Team<kThreads>;
   using Side = DeviceSide<Mixed, Real, false>;
   const int64_t r = blockIdx.x;
   RowState row;
   if (counts(problem, r)) {
     const bool two_sides = problem.teacher.rows.data != nullptr;
-    const Side student(problem.student, r, problem.vocab);
-    const Side teacher(two_sides ? problem.teacher : problem.student, r, problem.vocab);
+    const Side student(problem.student, r, int(problem.vocab));
+    const Side teacher(two_sides ? problem.teacher : problem.student, r, int(problem.vocab));
     Real maxima[2] = {-INFINITY, -INFINITY};
     const auto each = [&](auto f) {
       for (int64_t j = T::rank(); j < problem.vocab; j += kThreads)

@@ -22,13 +22,6 @@ KINDS = [
 CHUNKS = [1, 4, 16, 20, 1000, None]
 
 
-@pytest.fixture(params=["cpu", "simt"])
-def kernels(request):
-    """The CPU's kernels, and those of CUDA on the executor of tests/simt."""
-    if request.param == "simt":
-        request.getfixturevalue("simt")
-
-
 class Problem:
     """Student and teacher as heads; `leaves` are what gets a gradient."""
 
@@ -105,11 +98,17 @@ ARGUMENTS = [
 ]
 
 
+def placed(arguments):
+    """Tensors where others are made now."""
+    device = torch.get_default_device()
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+
+
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda a: "-".join(a))
 @pytest.mark.parametrize("teacher", ["linear", "logits", "logits bf16"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_arguments(arguments, teacher, frozen):
-    p = Problem(frozen=frozen)
+def test_arguments(arguments, teacher, frozen, device):
+    p, arguments = Problem(frozen=frozen), placed(arguments)
     z, t = p.logits()
     if teacher == "logits bf16":
         t = t.bfloat16()
@@ -132,7 +131,7 @@ def test_arguments(arguments, teacher, frozen):
     )
 
 
-def test_a_teacher_of_another_width_takes_vocab_size_or_uld():
+def test_a_teacher_of_another_width_takes_vocab_size_or_uld(device):
     p = Problem(columns=V + 30)
     with pytest.raises(ValueError, match="pass vocab_size="):
         ops.linear_divergence(p.hidden, p.weight, p.teacher, student_bias=p.bias)
@@ -145,7 +144,7 @@ def test_a_teacher_of_another_width_takes_vocab_size_or_uld():
         check([got], [want])
 
 
-def test_leading_dimensions_and_empty_batches():
+def test_leading_dimensions_and_empty_batches(device):
     p = Problem()
     hidden = p.hidden.view(3, 7, 12)
     teacher = ops.LinearTeacher(p.teacher.hidden.view(3, 7, 7), *(p.teacher.weight, p.teacher.bias))
@@ -163,7 +162,7 @@ def test_leading_dimensions_and_empty_batches():
     assert ops.linear_divergence(hidden[:0], p.weight, none, student_bias=p.bias).shape == (0, 7)
 
 
-def test_rows_that_do_not_count_are_not_read():
+def test_rows_that_do_not_count_are_not_read(device):
     p = Problem()
     mask = torch.arange(N) % 2 == 0
     p.hidden.data[~mask] = torch.nan
@@ -182,7 +181,7 @@ def test_rows_that_do_not_count_are_not_read():
 
 
 @pytest.mark.parametrize("chunk", [4, None])
-def test_a_shared_head_gets_the_students_gradient_alone(chunk):
+def test_a_shared_head_gets_the_students_gradient_alone(chunk, device):
     hidden, other = torch.randn(N, 12).requires_grad_(), torch.randn(N, 12)
     head = torch.randn(V, 12).requires_grad_()
     teacher = ops.LinearTeacher(other, head)
@@ -195,7 +194,7 @@ def test_a_shared_head_gets_the_students_gradient_alone(chunk):
         check(torch.autograd.grad(value, (hidden, head)), [w.double() for w in want], 2e-5)
 
 
-def test_tied_embeddings():
+def test_tied_embeddings(device):
     table = torch.nn.Embedding(V, 12, dtype=torch.float64)
     ids, t = torch.randint(0, V, (N,)), torch.randn(N, V, dtype=torch.float64)
     want = ops.divergence_loss(table(ids).tanh() @ table.weight.t(), t)
@@ -209,7 +208,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("chunk", [2, None])
-def test_precision_against_float64(dtype, chunk):
+def test_precision_against_float64(dtype, chunk, device):
     torch.manual_seed(1)
     p = Problem()
     exact = [x.detach().to(dtype).double().requires_grad_() for x in p.leaves]
@@ -228,7 +227,7 @@ def test_precision_against_float64(dtype, chunk):
     check([got, *gradients], [want, *want_gradients], TOLERANCE[dtype])
 
 
-def test_the_weights_gradient_is_summed_in_float32():
+def test_the_weights_gradient_is_summed_in_float32(device):
     # 256 chunks of equal gradients: in bfloat16 the sum would stop growing at 256 times one.
     hidden = torch.ones(1024, 1, dtype=torch.bfloat16)
     weight = torch.zeros(4, 1, dtype=torch.bfloat16).requires_grad_()
@@ -240,9 +239,9 @@ def test_the_weights_gradient_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("form", ["loss", "rows"])
-def test_autocast_makes_the_products_in_its_own_dtype(form):
+def test_autocast_makes_the_products_in_its_own_dtype(form, device):
     p = Problem(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         if form == "loss":
             got = ops.linear_divergence_loss(
                 p.hidden, p.weight, p.teacher, student_bias=p.bias, chunk_rows=4
@@ -277,7 +276,7 @@ def test_a_device_without_kernels_makes_whole_logits_and_says_so(monkeypatch):
         check([got, *torch.autograd.grad(got, p.learning)], want)
 
 
-def test_rows_that_nobody_asks_for_have_no_gradient():
+def test_rows_that_nobody_asks_for_have_no_gradient(device):
     p = Problem(frozen=True)
     p.teacher.hidden[2] = torch.nan
     rows = ops.linear_divergence(p.hidden, p.weight, p.teacher, student_bias=p.bias)
@@ -287,7 +286,7 @@ def test_rows_that_nobody_asks_for_have_no_gradient():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
-def test_memory_that_is_not_contiguous(layout):
+def test_memory_that_is_not_contiguous(layout, device):
     p = Problem(bias=False)
     hidden, weight, t = p.hidden, p.weight, F.linear(p.teacher.hidden, p.teacher.weight)
     if layout == "transposed":
@@ -304,7 +303,7 @@ def test_memory_that_is_not_contiguous(layout):
         check([got, *torch.autograd.grad(got, (hidden, weight))], [want, *want_gradients])
 
 
-def test_only_the_bias_learns():
+def test_only_the_bias_learns(device):
     p = Problem()
     p.hidden.requires_grad_(False), p.weight.requires_grad_(False)
     want = torch.autograd.grad(ops.divergence(*p.logits()).mean(), p.bias)
@@ -317,7 +316,7 @@ def test_only_the_bias_learns():
             check(torch.autograd.grad(got, p.bias), want)
 
 
-def test_float16_gradients_survive_until_they_are_scaled():
+def test_float16_gradients_survive_until_they_are_scaled(device):
     # As with a loss scale: what a row weighs alone would be lost in float16.
     p = Problem(torch.float32, bias=False)
     exact = [p.hidden.detach().half().double(), p.weight.detach().half().double()]
@@ -334,10 +333,10 @@ def test_float16_gradients_survive_until_they_are_scaled():
         check(gradients, want, 4e-3)
 
 
-def test_autocast_leaves_float64_alone_side_by_side():
+def test_autocast_leaves_float64_alone_side_by_side(device):
     p = Problem(torch.float32)
     double = ops.LinearTeacher(*(x.double() for x in (p.teacher.hidden, p.teacher.weight)))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         got = ops.linear_divergence(p.hidden.bfloat16(), p.weight, double, student_bias=p.bias)
     z = F.linear(*(x.bfloat16() for x in p.leaves))
     want = ops.divergence(z, F.linear(double.hidden, double.weight))
@@ -370,7 +369,7 @@ def test_results_do_not_depend_on_threads():
 # --- autograd and the compiler --------------------------------------------------------------------
 
 
-def test_second_passes_and_second_derivatives_raise():
+def test_second_passes_and_second_derivatives_raise(device):
     p = Problem(bias=False)
     loss = ops.linear_divergence_loss(p.hidden, p.weight, p.teacher)
     loss.backward(retain_graph=True)
@@ -387,14 +386,14 @@ def test_second_passes_and_second_derivatives_raise():
                 gradient.sum().backward()
 
 
-def test_the_row_form_can_be_passed_twice():
+def test_the_row_form_can_be_passed_twice(device):
     p = Problem(bias=False)
     rows = ops.linear_divergence(p.hidden, p.weight, p.teacher, chunk_rows=8)
     first = torch.autograd.grad(rows.sum(), p.learning, retain_graph=True)
     check(torch.autograd.grad(rows.sum(), p.learning), first)
 
 
-def test_without_gradients_nothing_is_kept():
+def test_without_gradients_nothing_is_kept(device):
     p = Problem()
     with torch.no_grad():
         loss = ops.linear_divergence_loss(p.hidden, p.weight, p.teacher, student_bias=p.bias)
@@ -404,7 +403,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiles_without_breaks_or_recompilation(backend):
+def test_compiles_without_breaks_or_recompilation(backend, device):
     def step(hidden, weight, other, head, mask, temperature):
         teacher = ops.LinearTeacher(other, head)
         rows = ops.linear_divergence(hidden, weight, teacher, "jsd", temperature=temperature)
@@ -433,16 +432,15 @@ def test_compiles_without_breaks_or_recompilation(backend):
     assert graphs[0] == graphs[-1] > 0
 
 
-@pytest.mark.parametrize("namespace", ["stillhouse", "stillhouse_simt"])
-def test_opcheck(namespace, request):
-    if namespace == "stillhouse_simt":
-        request.getfixturevalue("simt")
-    S = getattr(torch.ops, namespace)
-    numbers = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5, 0, 1], dtype=torch.float64)
+NUMBERS = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0.2, 0, 0.5, 0, 1], dtype=torch.float64)
+
+
+def test_opcheck(kernels):
+    S = divergence_autograd.kernels()
     p = Problem(torch.float32)
     t = p.teacher
     teacher = (t.hidden, t.weight, t.bias, None)
-    common = (*p.leaves, *teacher, numbers, p.labels, p.labels > 50, 3, 0, -1)
+    common = (*p.leaves, *teacher, NUMBERS, p.labels, p.labels > 50, 3, 0, -1)
     for product in (None, torch.bfloat16):
         rows = (*common, product, product, 4)
         torch.library.opcheck(S.linear_divergence.default, (*rows, True, True))

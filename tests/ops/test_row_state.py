@@ -143,13 +143,11 @@ def test_leading_dimensions_and_empty_batches(level):
     assert ops.row_state(z[:0], t[:0]).forward_kl.shape == (0, 3)
 
 
-@pytest.mark.parametrize("namespace", ["stillhouse", "stillhouse_simt"])
-def test_opcheck_and_compile(namespace, request):
-    if namespace == "stillhouse_simt":
-        request.getfixturevalue("simt")
-    numbers = torch.tensor([1.3, 0.7, 1, 1, 0, 0, 0, 0, 0, 0, 1], dtype=torch.float64)
+def test_opcheck_and_compile(kernels):
+    numbers = [1.3, 0.7, 1, 1, 0, 0, 0, 0, 0, 0, 1]
+    numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     z, t = rows(torch.float32, 60)
-    op = getattr(torch.ops, namespace).row_state.default
+    op = divergence_autograd.kernels().row_state.default
     torch.library.opcheck(op, (z, t, numbers, torch.rand(6) > 0.5))
     torch.library.opcheck(op, (z, None, numbers, None))
     step = torch.compile(lambda z, t: ops.row_state(z, t).forward_kl, fullgraph=True)

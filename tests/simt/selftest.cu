@@ -30,16 +30,16 @@ bool expect(bool holds, const char* what) {
 __global__ void sum_kernel(const int* x, int n, double* out) {
   double sum[1] = {0};
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum[0] += x[i];
-  Team<96>::reduce(sum, Add());
-  Team<96>::reduce(sum, Largest());  // the same shared array once more
+  Team<128>::reduce(sum, Add());
+  Team<128>::reduce(sum, Largest());  // the same shared array once more
   out[threadIdx.x] = sum[0];
 }
 
 bool reduction() {
   std::vector<int> x(1000);
   for (int i = 0; i < 1000; ++i) x[i] = i;
-  std::vector<double> out(96, -1);
-  launch(1, 96, [&] { sum_kernel(x.data(), 1000, out.data()); });
+  std::vector<double> out(128, -1);
+  launch(1, 128, [&] { sum_kernel(x.data(), 1000, out.data()); });
   bool same = true;
   for (double v : out) same = same && v == 499500;
   return expect(same, "a block's sum");
@@ -383,7 +383,7 @@ const std::map<std::string, bool (*)()>& cases() {
       {"misaligned_vector",
        [] {
          alignas(16) static float data[64];
-         return on_32([](int* out) { out[threadIdx.x] = int(load_vector(data + 1).at[0]); });
+         return on_32([](int* out) { out[threadIdx.x] = int(load_vector(data + 1).get(0)); });
        }},
       {"out_of_bounds",
        [] {

@@ -71,7 +71,7 @@ def _pack(numbers: list[Number]) -> Tensor:
         return torch.stack(
             [torch.as_tensor(n).detach().to("cpu", torch.float64).reshape(()) for n in numbers]
         )
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default is
 
 
 def check_call(

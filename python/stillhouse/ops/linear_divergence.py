@@ -18,7 +18,7 @@ from .divergence_arguments import (
 )
 from .divergence_autograd import divergence_rows, has_kernel, kernels
 from .kinds import Kind, Number
-from .linear_divergence_autograd import Arguments, LossWithGradients
+from .linear_divergence_autograd import Arguments, LossWithGradients, has_autocast
 from .sparse_teacher import SparseTeacher
 
 
@@ -332,11 +332,7 @@ def _product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """What a side's products are made in: autocast's dtype, which leaves float64 alone, or None for
     that of the tensors."""
     device, found = hidden.device.type, {x.dtype for x in (hidden, weight, bias) if x is not None}
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.float64 not in found
-    ):
+    if has_autocast(device) and torch.is_autocast_enabled(device) and torch.float64 not in found:
         return torch.get_autocast_dtype(device)
     if len(found) > 1:
         raise TypeError(

@@ -30,6 +30,15 @@ def _chunks(rows: int, columns: int, itemsize: int, limit: int) -> Iterator[slic
         yield slice(start, min(start + size, rows))
 
 
+_KNOWN_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def has_autocast(device: str) -> bool:
+    """Whether this type of device has autocast: a question that torch.compile cannot trace before
+    torch 2.13, where the answer is not known."""
+    return device in _KNOWN_AUTOCAST or torch.amp.is_autocast_available(device)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What sums of this type are made in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -314,7 +323,7 @@ def _implementations(namespace: str) -> dict[str, Any]:
     def outside_autocast(op):
         def call(*arguments):
             device = arguments[0].device.type
-            if not torch.amp.is_autocast_available(device):
+            if not has_autocast(device):
                 return op(*arguments)
             with torch.autocast(device, enabled=False):
                 return op(*arguments)
@@ -414,7 +423,7 @@ class LossWithGradients(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if not torch.compiler.is_compiling():
             divergence_autograd.spend(ctx, "linear_divergence_loss")
-        *gradients, learning = ctx.saved_tensors
+        learning, gradients = ctx.saved_tensors[-1], list(ctx.saved_tensors[:-1])
         for i, wanted in enumerate(ctx.wanted):
             if not wanted:
                 gradients[i] = None
