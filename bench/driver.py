@@ -125,7 +125,7 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
                 device=options.device,
             )
             shown[name]["extra_mib"] = f"{peak / 2**20:.2f}"
-    context = asdict(cell) | machine.describe()
+    context = asdict(cell) | machine.describe(options.device)
     return [context | {"provider": name} | values for name, values in shown.items()]
 
 

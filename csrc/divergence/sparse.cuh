@@ -138,8 +138,8 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     RunningSum<Real> rest;
     if (!support_alone) {
       each_chunk([&](int, int start) {
-        Real x[kSize];
-        student.load(start, x);
+        this->load(0, start);
+        Real(&x)[kSize] = this->z[0];
         if (const uint32_t known = known_of(start)) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i)
@@ -242,8 +242,8 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
   template <class F>
   __device__ void each_unknown(F f) {
     each_chunk([&](int, int start) {
-      Real x[kSize];
-      student.load(start, x);
+      this->load(0, start);
+      const Real(&x)[kSize] = this->z[0];
       const uint32_t known = known_of(start);
       for (int i = 0; i < kSize; ++i)
         if (start + i >= 0 && start + i < student.vocab && !(known >> i & 1)) f(start + i, x[i]);
@@ -292,8 +292,9 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
     if (!even && !support_alone && rest_sum != 0)
       factor = Real(double(slope_of(rest_outcome(), H)) / rest_sum);
     each_chunk([&](int, int start) {
-      Real x[kSize], g[kSize];
-      student.load(start, x);
+      this->load(0, start);
+      const Real(&x)[kSize] = this->z[0];
+      Real g[kSize];
       if (even) {
         for (int i = 0; i < kSize; ++i) g[i] = slope_of(element(x[i], log_rest), H);
       } else {
@@ -370,7 +371,8 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
 };
 
 template <class Real, class In, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) sparse_kernel(const Problem<Real> problem) {
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1)
+    sparse_kernel(const Problem<Real> problem) {
   SHARED_DYNAMIC(uint32_t, bits);
   const int64_t r = blockIdx.x;
   if (!prepare_row<kThreads>(problem, r)) return;

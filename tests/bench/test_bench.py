@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from stillhouse.bench import divergence, kinds, linear, measure, sparse
+from stillhouse.bench import divergence, kinds, linear, machine, measure, sparse
 from stillhouse.bench.driver import COLUMNS
 from stillhouse.bench.grid import Cell
 
@@ -61,6 +61,14 @@ def test_a_second_measurement_replaces_the_first(tmp_path):
     bench.main(arguments)
     bench.main([*arguments, "--rounds", "3"])
     assert [row["rounds"] for row in rows(path)] == ["3", "3"]
+
+
+def test_a_row_names_the_device_that_it_was_measured_on(tmp_path, monkeypatch):
+    described = machine.describe("cpu")
+    monkeypatch.setattr(machine, "describe", lambda device="?": described | {"level": device})
+    path = tmp_path / "results.csv"
+    bench.main([*TINY, "--form", "row", "--provider", "eager", "--no-memory", "--csv", str(path)])
+    assert {row["level"] for row in rows(path)} == {"cpu"}
 
 
 @pytest.mark.parametrize(
