@@ -37,9 +37,9 @@ void launch_rows(const Problem<Real>& p, Launcher& launch) {
   launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kHold, kPlain>, grid, p);
 }
 
-// Bytes of a row pair up to which a warp takes it, and teams of 128 and of 256 that share a multiprocessor
-// with others. A team of 512 has it alone.
-constexpr size_t kOfWarp = 16 << 10, kOfMany = 48 << 10, kOfTwo = 108 << 10;
+// Bytes of a row pair up to which a warp takes it, and up to which two teams of 256 share a multiprocessor. A
+// team of 512 has it alone, or one of 256 where that needs more registers.
+constexpr size_t kOfWarp = 16 << 10, kOfTwo = 108 << 10;
 // Columns above which a sorted row gets a block of 512 threads.
 constexpr int64_t kLarge = 8192;
 
@@ -54,14 +54,12 @@ void choose_hold(const Problem<Real>& p, Launcher& launch) {
     }
     const size_t shared = pair_bytes<In>(int(p.vocab));
     if (shared <= kOfWarp) return launch_rows<Kind, Real, In, 32, Hold::shared, kPlain>(p, launch);
+    const bool fits = shared <= launch.most_shared();
     if constexpr (kPlain) {
-      if (shared <= kOfMany)
-        return launch_rows<Kind, Real, In, 128, Hold::shared, kPlain>(p, launch);
+      if (fits && shared > kOfTwo)
+        return launch_rows<Kind, Real, In, 512, Hold::shared, kPlain>(p, launch);
     }
-    if (shared <= kOfTwo && shared <= launch.most_shared())
-      return launch_rows<Kind, Real, In, 256, Hold::shared, kPlain>(p, launch);
-    if (shared <= launch.most_shared())
-      return launch_rows<Kind, Real, In, 512, Hold::shared, kPlain>(p, launch);
+    if (fits) return launch_rows<Kind, Real, In, 256, Hold::shared, kPlain>(p, launch);
   }
   // Rows that are being worked on should stay in L2 until their last pass: one large team a
   // multiprocessor instead of three.

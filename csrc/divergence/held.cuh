@@ -59,10 +59,9 @@ struct HeldRow : RowPair<Real, In, kPlain, kTeacher> {
   static constexpr int kSlots = kRegisters ? kHeld / kSize : 1;  // chunks a thread holds
   // Chunks come to shared memory in so many groups, and are worked on as these come.
   static constexpr int kGroups = 4;
-  // Chunks that a thread works on are asked for while it works on others.
+  // Chunks that a thread works on are asked for while it works on others; where nothing is held, so many.
   static constexpr bool kAhead = kHold != Hold::shared && !std::is_same<In, Mixed>::value;
-  static constexpr int kDepth =
-      sizeof(In) == 4 ? 3 : 2;  // and so many of them, where nothing is held
+  static constexpr int kDepth = sizeof(In) == 4 ? 3 : 2;
 
   // A thread's chunks as they come.
   struct Raw {
@@ -205,6 +204,7 @@ struct HeldRow : RowPair<Real, In, kPlain, kTeacher> {
       shared.store(place(part, chunk), v.template as<In>());
     }
   }
+  // They.
   __device__ void find_left(int start, Real (&x)[kSize]) const {
     const int chunk = chunk_of(start);
 #pragma unroll
