@@ -32,7 +32,8 @@ void launch_rows(const Problem<Real>& p, Launcher& launch) {
   Grid grid{(p.rows + kTeams - 1) / kTeams, kBlock};
   if (kHold == Hold::shared) grid.shared = size_t(kTeams) * pair_bytes<In>(int(p.vocab));
   // A team that takes several rows asks for the next one while it works on the last.
-  const int64_t at_once = launch.resident_blocks(grid, kBlocks<Real, kThreads, kHold, kPlain>);
+  const int64_t at_once =
+      launch.resident_blocks(grid, kBlocks<Kind, Real, kThreads, kHold, kPlain>);
   if (grid.blocks > at_once) grid.blocks = at_once;
   launch("divergence", divergence_kernel<Kind, Real, In, kThreads, kHold, kPlain>, grid, p);
 }

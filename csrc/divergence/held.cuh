@@ -61,7 +61,7 @@ struct HeldRow : RowPair<Real, In, kPlain, kTeacher> {
   static constexpr int kGroups = 4;
   // Chunks that a thread works on are asked for while it works on others; where nothing is held, so many.
   static constexpr bool kAhead = kHold != Hold::shared && !std::is_same<In, Mixed>::value;
-  static constexpr int kDepth = sizeof(In) == 4 ? 3 : 2;
+  static constexpr int kDepth = kPlain && sizeof(In) == 4 ? 3 : 2;
 
   // A thread's chunks as they come.
   struct Raw {

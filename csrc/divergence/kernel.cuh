@@ -5,18 +5,23 @@
 
 namespace stillhouse {
 
-// A kernel's block: its threads, and how many blocks an SM must have registers for without spilling.
+// A kernel's block: its threads, and how many blocks an SM must have registers for without spilling, which
+// is one less for kinds that need more of them.
 template <int kThreads>
 constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
-template <class Real, int kThreads, Hold kHold, bool kPlain>
-constexpr int kBlocks = kThreads > 256 || sizeof(Real) == 8 || (!kPlain && kHold == Hold::nothing)
-                            ? 1
-                        : kThreads == 256 ? 2
-                        : kPlain          ? 5
-                                          : 4;
+template <class Kind, class... Others>
+constexpr bool kIsOneOf = (std::is_same<Kind, Others>::value || ...);
+template <class Kind, class Real, int kThreads, Hold kHold, bool kPlain>
+constexpr int kBlocks = [] {
+  constexpr int kLess =
+      kIsOneOf<Kind, AlphaBeta, AnyAlphaBeta, Amari, Renyi, Chi2, Hellinger, SkewReverseKL, DKD>;
+  if (kThreads > 256 || sizeof(Real) == 8 || (!kPlain && kHold == Hold::nothing)) return 1;
+  return (kThreads == 256 ? 2 : kPlain ? 5 : 4) - (kPlain && kThreads == 256 ? 0 : kLess);
+}();
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, (kBlocks<Real, kThreads, kHold, kPlain>))
+__global__ void __launch_bounds__(kBlockThreads<kThreads>,
+                                  (kBlocks<Kind, Real, kThreads, kHold, kPlain>))
     divergence_kernel(const Problem<Real> problem) {
   using Row = DeviceRow<Kind, Real, In, kThreads, kHold, kPlain>;
   SHARED_DYNAMIC(In, dynamic);

@@ -371,8 +371,7 @@ struct DeviceSparseRow : NormalisedRow<LabelsOnly, Real, In, kThreads, Hold::not
 };
 
 template <class Real, class In, int kThreads>
-__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1)
-    sparse_kernel(const Problem<Real> problem) {
+__global__ void __launch_bounds__(kThreads, 1) sparse_kernel(const Problem<Real> problem) {
   SHARED_DYNAMIC(uint32_t, bits);
   const int64_t r = blockIdx.x;
   if (!prepare_row<kThreads>(problem, r)) return;
