@@ -89,7 +89,7 @@ def linear_divergence(
             under autocast any, and the products are made in autocast's.
         teacher: `LinearTeacher`, logits [..., V], `SparseTeacher`, or None for `CrossEntropy`. The
             label's log-probability is minus the value of `CrossEntropy`.
-        chunk_rows: rows whose logits exist at a time; None: about 100 MB of them for each side. A
+        chunk_rows: rows whose logits exist at a time; None: about 200 MB of them for each side. A
             thread of the CPU keeps that memory for its next call.
 
     Returns:

@@ -18,7 +18,7 @@ from . import divergence_autograd
 
 # Bytes that a chunk's logits may take, of one side, and the fewest rows of a chunk: products over
 # fewer rows are slower (bench, family linear).
-_CHUNK_BYTES, _FEWEST_ROWS = 100 << 20, 128
+_CHUNK_BYTES, _FEWEST_ROWS = 200 << 20, 128
 
 
 def _chunks(rows: int, columns: int, itemsize: int, limit: int) -> Iterator[slice]:
