@@ -20,10 +20,6 @@ int64_t most_in_registers(const Problem<float>& p) {
   };
   return kThreads * kHeld - (aligned(p.student.rows) ? 0 : kChunk<In>);
 }
-template <class In, int kThreads>
-int64_t most_in_registers(const Problem<double>&) {
-  return kThreads * kHeld - kChunk<In>;
-}
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
 void launch_rows(const Problem<Real>& p, Launcher& launch) {
@@ -143,14 +139,14 @@ __global__ void __launch_bounds__(1024)
   constexpr int kAtOnce = 8;  // loads under way
   double sum[1] = {0};
   for (int64_t r = threadIdx.x; r < rows; r += kAtOnce * 1024) {
-    Real product[kAtOnce];
+    double product[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int64_t at = r + i * 1024;
-      product[i] = at < rows ? weight[at] * value[at] : Real(0);
+      product[i] = at < rows ? double(weight[at]) * double(value[at]) : 0.0;
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) sum[0] += double(product[i]);
+    for (int i = 0; i < kAtOnce; ++i) sum[0] += product[i];
   }
   Team<1024>::reduce(sum, Add());
   if (threadIdx.x == 0) *out = Real(sum[0]);

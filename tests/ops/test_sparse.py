@@ -438,7 +438,9 @@ def test_draws_are_unbiased(device):
     generator = torch.Generator(device).manual_seed(3)
     rows = t.repeat(4000, 1)
     teacher = ops.SparseTeacher.sample(rows, 8, generator=generator)
-    counts = torch.where(teacher.ids >= 0, teacher.log_probs.exp() * 8, 0).round(decimals=4)
+    counts = torch.where(teacher.ids >= 0, teacher.log_probs.exp() * 8, 0)
+    if device == "cuda":  # whose exp of a log misses by a last place
+        counts = counts.round(decimals=4)
     assert torch.equal(counts.sum(-1), torch.full((16000,), 8.0))
     dense = teacher.to_dense().exp().view(4000, 4, 12)
     p = t.softmax(-1)
