@@ -68,14 +68,17 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _add(total: Tensor, x: Tensor) -> None:
-    """total += x of a narrower type. On the CPU torch's mixed sum is slow: pieces in cache."""
-    if not x.is_cpu:
-        total += x
-        return
-    rows = max(1, (4 << 20) // (total[0].numel() * total.itemsize))
-    for piece, of_x in zip(total.split(rows), x.split(rows), strict=True):
-        piece += of_x.to(total.dtype)
+def _add(total: Tensor, x: Tensor, out: Tensor) -> None:
+    """out = total + x, rounded to its type once; total may be out."""
+    if not x.is_cpu and out.itemsize > total.itemsize:
+        out.copy_(total).add_(x)
+    elif not x.is_cpu or out.dtype == total.dtype == x.dtype:
+        torch.add(total, x, out=out)
+    else:  # torch's mixed sum is slow: pieces in cache
+        rows = max(1, (4 << 20) // (out[0].numel() * out.itemsize))
+        wide, parts = _wide(x.dtype), (each.split(rows) for each in (total, x, out))
+        for of_total, of_x, of_out in zip(*parts, strict=True):
+            of_out.copy_(of_total.to(wide) + of_x.to(wide))
 
 
 class _Head:
@@ -118,7 +121,7 @@ class _Gradients:
         weight: Tensor,
         bias: Tensor | None,
         wanted: tuple[bool, bool, bool],
-        single: bool,
+        chunks: int,
         dtypes: tuple[torch.dtype, ...],
     ):
         self.head = head
@@ -128,18 +131,10 @@ class _Gradients:
         self.hidden = head.hidden.new_zeros(shape, dtype=dtypes[0])
         self.bias = weight.new_zeros(len(bias) if bias_wanted else 0, dtype=_wide(weight.dtype))
         self._bias_dtype = dtypes[2]
-        self.weight = weight.new_empty(0, dtype=dtypes[1])
-        if weight_wanted:
-            self.weight = weight.new_empty(weight.shape, dtype=dtypes[1])
-            self.weight[len(head.weight) :] = 0
-            out = self._product = self._sum = self.weight[: len(head.weight)]
-            product, wide = head.weight.dtype, _wide(dtypes[1])
-            if product != out.dtype:
-                self._product = torch.empty_like(out, dtype=product)
-            if wide != out.dtype and not single:
-                # Products of 16 bits add up in float32.
-                self._sum = torch.empty_like(out, dtype=wide)
+        self.weight = weight.new_empty(weight.shape if weight_wanted else 0, dtype=dtypes[1])
+        self._left = chunks
         self._started = False
+        self._sum: Tensor | None = None  # of chunks so far, where it is not in self.weight
 
     def add(self, rows: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
         """x: the chunk's inputs; gradient: that of its logits."""
@@ -148,26 +143,32 @@ class _Gradients:
         if self.bias.numel():
             self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.bias.dtype)
         if self.weight.numel():
-            self._add_to_weight(gradient.t(), x)
+            self._left -= 1
+            self._add_to_weight(gradient.t(), x, self.weight[: gradient.shape[1]])
         self._started = True
 
-    def _add_to_weight(self, gradient: Tensor, x: Tensor) -> None:
-        total, product = self._sum, self._product
-        if total is product:
-            torch.addmm(total, gradient, x, beta=int(self._started), out=total)
+    def _add_to_weight(self, gradient: Tensor, x: Tensor, out: Tensor) -> None:
+        if x.dtype == out.dtype and (not self._started or x.dtype == _wide(x.dtype)):
+            torch.addmm(out, gradient, x, beta=int(self._started), out=out)
             return
+        # Products of 16 bits add up in float32. They lie where the teacher's logits of this chunk
+        # were, and of two chunks the first one is in its place already.
+        product = _scratch(1, tuple(out.shape), x)
         torch.mm(gradient, x, out=product)
-        if self._started:
-            _add(total, product)
+        if not self._started:
+            out.copy_(product)
+        elif self._left == 0 or out.dtype == _wide(x.dtype):
+            _add(out if self._sum is None else self._sum, product, out)
+        elif self._sum is None:
+            self._sum = torch.empty_like(out, dtype=_wide(x.dtype))
+            _add(out, product, self._sum)
         else:
-            total.copy_(product)
+            _add(self._sum, product, self._sum)
 
     def finish(self, unscale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What the chunks have added up to, times `unscale`."""
-        if self.weight.numel() and not self._started:
-            self.weight.zero_()
-        elif self.weight.numel() and self._sum.dtype != self.weight.dtype:
-            self.weight[: len(self._sum)] = self._sum
+        if self.weight.numel():
+            self.weight[len(self.head.weight) if self._started else 0 :] = 0
         if unscale is not None:
             for gradient in (self.hidden, self.weight, self.bias):
                 gradient *= unscale
@@ -264,8 +265,8 @@ class _Call:
             yield rows, x, before, (labels, a.kind, a.vocab), sparse
 
     def gradients(self, *wanted: bool) -> _Gradients:
-        a, single = self.arguments, len(self.parts) == 1
-        return _Gradients(self.head, a.weight, a.bias, wanted, single, _gradient_dtypes(a))
+        a, chunks = self.arguments, len(self.parts)
+        return _Gradients(self.head, a.weight, a.bias, wanted, chunks, _gradient_dtypes(a))
 
     def stats(self, wanted: bool) -> Tensor:
         a = self.arguments
