@@ -38,6 +38,35 @@ def distill(context: typer.Context) -> None:
     raise typer.Exit(job.main(context.args))
 
 
+@app.command(help="Store the top of a teacher's distribution: distill --teacher-shards reads it.")
+def capture(
+    teacher: str = typer.Option(..., help="hub id, folder, .gguf file, or smollm2"),
+    data: str = typer.Option(..., help="as for distill"),
+    out: str = typer.Option(..., help="folder for the shards and the manifest"),
+    top_k: int = typer.Option(64, help="columns that are stored of each row"),
+    values: str = typer.Option("fp16", help="log-probabilities as exact, fp16, bf16 or compact"),
+    temperature: float = typer.Option(1.0, help="of the softmax that is stored"),
+    teacher_dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16"),
+    max_length: int = typer.Option(512, help="tokens of an example, as for distill"),
+    eval_data: str | None = typer.Option(None, help="as for distill, which holds it out"),
+    eval_share: float = typer.Option(0.05, help="as for distill, which holds it out"),
+    vocab_size: int | None = typer.Option(None, help="columns that count, the others are padding"),
+    batch_size: int = typer.Option(8, help="examples of a forward"),
+    shard_rows: int = typer.Option(1 << 16, help="rows of a file, about"),
+    part: str | None = typer.Option(None, help="2/4: the second of four processes (or torchrun)"),
+    overwrite: bool = typer.Option(False, help="replace another capture in the folder"),
+    debug: bool = typer.Option(False, help="show the traceback of an error"),
+) -> None:
+    given = {name: value for name, value in locals().items() if name != "debug"}
+
+    def action() -> None:
+        from stillhouse.recipes import capture as job
+
+        job.capture(job.CaptureArguments(**given))
+
+    raise typer.Exit(exit_code(action, traceback_wanted=debug))
+
+
 @app.command(help="List the methods, or show one: equation, defaults, example.")
 def methods(id: str | None = typer.Argument(None, help="a method, such as taid")) -> None:
     from stillhouse.recipes import runner

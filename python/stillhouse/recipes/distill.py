@@ -19,6 +19,7 @@ from stillhouse.methods.catalog import METHODS
 from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.recipes.distill_report import fill, generations, load_command
 from stillhouse.report import Report
+from stillhouse.teachers import TeacherShards
 from stillhouse.train import DivergenceObjective, Objective
 from stillhouse.train.arguments import DistillArguments, help_text, parse
 from stillhouse.train.checkpoints import (
@@ -65,10 +66,14 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
     # Loaders draw a bar for each file; what is loaded is said in one line below.
     logging.disable_progress_bar()
     objective = build_objective(arguments)
-    if arguments.teacher is None and getattr(objective, "needs_teacher", True):
+    needs_teacher = getattr(objective, "needs_teacher", True)
+    if arguments.teacher is arguments.teacher_shards is None and needs_teacher:
         raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
     _check_directory(arguments, training)
-    job = Job(arguments, training)
+    shards = None
+    if arguments.teacher_shards is not None:
+        shards = _stored_teacher(arguments, objective, verify=training.local_process_index == 0)
+    job = Job(arguments, training, shards)
     with training.main_process_first(local=False, desc="checkpoints"):
         checkpoint = _starting_point(arguments, training)
     trainer = job.trainer(arguments.method, objective, training)
@@ -90,9 +95,33 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
     return report
 
 
+def _stored_teacher(
+    arguments: DistillArguments, objective: Objective, *, verify: bool
+) -> TeacherShards:
+    """The shards of `--teacher_shards`, if this objective can be trained with them."""
+    if arguments.teacher is not None:
+        raise UsageError("--teacher and --teacher_shards are two teachers: name one of them")
+    tails, tail = getattr(objective, "sparse_tails", ()), arguments.teacher_tail
+    if tail not in tails:
+        known = f": it takes --teacher_tail {' or '.join(tails)}" if tails else ": it needs a model"
+        raise UsageError(
+            f"--method {arguments.method} cannot be trained from --teacher_shards with "
+            f"--teacher_tail {tail}{known}"
+        )
+    shards = TeacherShards(arguments.teacher_shards, verify=verify)
+    if shards.schema.temperature != arguments.temperature:
+        raise UsageError(
+            f"{shards.folder} was captured at temperature {shards.schema.temperature:g}: train at "
+            f"it, or capture again at {arguments.temperature:g} (--temperature)"
+        )
+    return shards
+
+
 def build_objective(arguments: DistillArguments) -> Objective:
     """The objective that `--method` and its options name. Raises UsageError for unknown ones."""
     name, options = arguments.method, {}
+    # A kind of its own for teachers that are known at some columns only.
+    kinds = KINDS if arguments.teacher_shards is None else (*KINDS, "support_kl")
     for pair in arguments.method_options:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -100,11 +129,11 @@ def build_objective(arguments: DistillArguments) -> Objective:
         options[key] = _option_value(key, value)
     shared = {"temperature": arguments.temperature, "label_weight": arguments.label_weight}
     method = METHODS.get(name)
-    if name not in KINDS and (method is None or method.objective is None):
-        known = [each.id for each in METHODS.values() if each.objective] + list(KINDS)
+    if name not in kinds and (method is None or method.objective is None):
+        known = [each.id for each in METHODS.values() if each.objective] + list(kinds)
         raise UsageError(f"no method {name!r} to distil with: expected {', '.join(known)}")
     try:
-        if name in KINDS:
+        if name in kinds:
             return DivergenceObjective(replace(ops.as_kind(name), **options), **shared)
         # A method without one of the shared flags may be used as long as the flag is not.
         changed = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import data
+from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
 from stillhouse.train import DivergenceObjective, Objective, models
 from stillhouse.train.arguments import DistillArguments
 from stillhouse.train.examples import collate, encode
@@ -49,9 +50,11 @@ class Run:
 class Job:
     """What the runs of one command share: a teacher, a tokenizer, examples; and how a run goes."""
 
-    def __init__(self, arguments: DistillArguments, training: Any):
-        self.arguments, self.training = arguments, training
-        teacher, student = map(_resolve, (arguments.teacher, arguments.student))
+    def __init__(
+        self, arguments: DistillArguments, training: Any, shards: TeacherShards | None = None
+    ):
+        self.arguments, self.training, self.shards = arguments, training, shards
+        teacher, student = map(resolve, (arguments.teacher, arguments.student))
         self.student_name = student
         # Text is read before the models: a wrong path should not cost a minute of loading.
         records = data.read(arguments.data)
@@ -60,7 +63,9 @@ class Job:
         if teacher is not None:
             self.teacher = models.load_model(teacher, arguments.teacher_dtype)
         self._fresh = models.load_student(student, self.teacher, arguments.student_dtype)
-        self.tokenizer = models.load_tokenizer(teacher or student)
+        self.tokenizer = models.load_tokenizer(teacher or models.source_of(student))
+        if shards is not None:
+            self._check_stored(shards)
         if self.teacher is not None:
             own = self.tokenizer
             if not student.startswith("layers:") and models.has_tokenizer(student):
@@ -69,20 +74,20 @@ class Job:
         else:
             models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
         models.check_length(self._fresh, self.teacher, arguments.max_length)
-        self.train_set, self.eval_set = self._examples(records, other)
+        self.train_set, self.eval_set = examples_of(arguments, self.tokenizer, records, other)
+        self.stored_set = None if shards is None else StoredExamples(self.train_set, shards)
         if training.process_index == 0:
             self._announce()
 
-    def _examples(self, records: Any, evaluation: Any) -> tuple[Any, Any]:
-        """Training and held-out examples; `evaluation` None holds out some of `records`."""
-        length = self.arguments.max_length
-        if evaluation is not None:
-            numbers, held = range(len(records)), range(len(evaluation))
-        else:
-            evaluation = records
-            numbers, held = data.holdout(records, self.arguments.eval_share)
-        train_set = encode(records, numbers, self.tokenizer, length)
-        return train_set, encode(evaluation, held, self.tokenizer, length) if held else None
+    def _check_stored(self, shards: TeacherShards) -> None:
+        """Raise ShardError where column j of the shards is not column j of the student."""
+        shards.check(tokenizer=self.tokenizer)
+        columns = self.arguments.vocab_size or models.head_width(self._fresh)
+        if shards.schema.vocab_size != columns:
+            raise ShardError(
+                f"{shards.folder} has {shards.schema.vocab_size} columns, the student {columns}: "
+                "if the surplus is padding, pass --vocab_size to both commands"
+            )
 
     def _announce(self) -> None:
         def size(model: Any) -> str:
@@ -91,6 +96,12 @@ class Job:
 
         if self.teacher is not None:
             print(f"teacher: {self.arguments.teacher} ({size(self.teacher)})")
+        if self.shards is not None:
+            schema = self.shards.schema
+            print(
+                f"teacher: {self.shards.folder} (the top {schema.k} of {schema.teacher_name}, "
+                f"{schema.values}, {self.shards.row_count:,} rows)"
+            )
         print(f"student: {self.arguments.student} ({size(self._fresh)})")
         held = f"{self.eval_set.targets:,} held out" if self.eval_set else "none held out"
         print(
@@ -121,14 +132,18 @@ class Job:
 
         set_seed(training.seed)  # adapters begin at random
         padding = self.tokenizer.pad_token_id
+        teacher, examples = self.teacher, self.train_set
+        if self.shards is not None and getattr(objective, "needs_teacher", True):
+            teacher = StoredTeacher(self.shards, self.arguments.teacher_tail)
+            examples = self.stored_set
         return DistillTrainer(
             self._student(),
             training,
             objective=objective,
-            teacher=self.teacher,
+            teacher=teacher,
             vocab_size=self.arguments.vocab_size,
             name=name,
-            train_dataset=self.train_set,
+            train_dataset=examples,
             eval_dataset=self.eval_set,
             processing_class=self.tokenizer,
             data_collator=functools.partial(collate, padding=0 if padding is None else padding),
@@ -196,5 +211,18 @@ class Job:
         return folder
 
 
-def _resolve(name: str | None) -> str | None:
-    return str(data.smollm2()) if name == "smollm2" else name
+def examples_of(arguments: Any, tokenizer: Any, records: Any, evaluation: Any) -> tuple[Any, Any]:
+    """Training and held-out examples; `evaluation` None holds out some of `records`."""
+    if evaluation is not None:
+        numbers, held = range(len(records)), range(len(evaluation))
+    else:
+        evaluation = records
+        numbers, held = data.holdout(records, arguments.eval_share)
+    train_set = encode(records, numbers, tokenizer, arguments.max_length)
+    return train_set, encode(evaluation, held, tokenizer, arguments.max_length) if held else None
+
+
+def resolve(name: str | None) -> str | None:
+    """The place of a model: the word smollm2, also after an @, is the installed package."""
+    before, at, model = (name or "").rpartition("@")
+    return f"{before}{at}{data.smollm2()}" if model == "smollm2" else name

@@ -47,8 +47,16 @@ class DistillArguments:
     """What is distilled from what, on which text, by which method."""
 
     teacher: str | None = _flag("hub id, folder, .gguf file, or smollm2 (the installed package)")
+    teacher_shards: str | None = _flag(
+        "folder of `stillhouse capture`, in the teacher's place: nothing of it is loaded"
+    )
+    teacher_tail: Literal["bucket", "renormalize", "uniform", "drop"] = _flag(
+        "what a stored teacher has at columns that were not stored (ops.SparseTeacher)",
+        "bucket",
+    )
     student: str | None = _flag(
-        "layers:0,1,2 copies these blocks of the teacher; else a hub id, folder or .gguf file"
+        "layers:0,1,2 copies these blocks of the teacher, layers:0,1,2@MODEL those of another "
+        "model; else a hub id, folder or .gguf file"
     )
     data: str | None = _flag(
         "file or folder: text, JSON lines or Parquet with text, messages or prompt and response; "

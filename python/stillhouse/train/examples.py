@@ -18,11 +18,13 @@ from stillhouse.train.rows import IGNORED
 @dataclass(frozen=True)
 class Example:
     """One sequence: `input_ids` int32 [n], `loss_mask` bool [n] (True = a target, except for the
-    first token, which nothing predicts), `record` the number of the record it begins in."""
+    first token, which nothing predicts), `record` the number of the record it begins in; `teacher`
+    a stored one at the supervised rows (`teachers.StoredRows`)."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     record: int = -1
+    teacher: Any = None
 
 
 class ExampleSet(Dataset):
@@ -166,9 +168,14 @@ def chat_example(
     )
 
 
+# A batch's stored teacher, in the order of `teachers.StoredRows`.
+STORED = ("teacher_ids", "teacher_log_probs", "teacher_log_rest")
+
+
 def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tensor]:
     """A batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] (-100 = not a target), and
-    `record` int64 [B]. Padded on the right with the token `padding`."""
+    `record` int64 [B]. Padded on the right with the token `padding`. Of N rows of stored teachers
+    `teacher_ids`, `teacher_log_probs` [N, k] and `teacher_log_rest` [N], in reading order."""
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), padding, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
@@ -181,12 +188,16 @@ def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tenso
         labels[row, :n] = ids.masked_fill(~torch.from_numpy(example.loss_mask), IGNORED)
     # Nothing predicts the first token, so it never counts, whoever counts the labels.
     labels[:, 0] = IGNORED
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "labels": labels,
         "record": torch.tensor([example.record for example in examples]),
     }
+    if examples[0].teacher is not None:
+        parts = zip(*(example.teacher for example in examples), strict=True)
+        batch |= zip(STORED, map(torch.cat, parts), strict=True)
+    return batch
 
 
 def _string(records: Sequence[Mapping[str, Any]], number: int, column: str) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.train.examples import STORED
 from stillhouse.train.head import PROBE, Head, transform_of
 from stillhouse.train.objective import LogitRows
 from stillhouse.train.rows import RowIndex
 
 # What a batch holds for us and not for the model.
-OURS = ("labels", "record", "denominator", "vocab_size")
+OURS = ("labels", "record", "denominator", "vocab_size", *STORED)
 
 
 class RowForward:

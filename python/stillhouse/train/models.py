@@ -49,22 +49,33 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
 
 
 def load_student(spec: str, teacher: nn.Module | None, dtype: str = "float32") -> nn.Module:
-    """The student, trainable: `layers:0,1,2` copies these blocks of the teacher, anything else is
-    loaded.
+    """The student, trainable: `layers:0,1,2` copies these blocks of the teacher and
+    `layers:0,1,2@MODEL` those of another model, anything else is loaded.
 
     Raises ValueError for a list that cannot be read, a block that does not exist, and a list of
     layers without a teacher to take them from.
     """
     if not spec.startswith("layers:"):
         return load_model(spec, dtype).requires_grad_(True)
+    blocks, _, source = spec.removeprefix("layers:").partition("@")
+    if source:
+        teacher = load_model(source)
     if teacher is None:
-        raise ValueError(f"--student {spec} takes its blocks from a teacher: name one (--teacher)")
-    numbers = spec.removeprefix("layers:").split(",")
+        raise ValueError(
+            f"--student {spec} takes its blocks from a teacher: name one (--teacher), or the model "
+            f"that they are of ({spec}@MODEL)"
+        )
+    numbers = blocks.split(",")
     if not all(number.strip().isdigit() for number in numbers):
         raise ValueError(f"expected --student layers:0,1,2 (0-based blocks), got {spec!r}")
     # A copy of a frozen teacher would be frozen, too.
     student = take_layers(teacher, [int(number) for number in numbers]).requires_grad_(True)
     return student if dtype == "auto" else student.to(getattr(torch, dtype))
+
+
+def source_of(student: str) -> str:
+    """The model whose tokenizer a student without a teacher has."""
+    return student.partition("@")[2] if student.startswith("layers:") else student
 
 
 def check_pair(

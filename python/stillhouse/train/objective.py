@@ -8,7 +8,8 @@ the columns that count (None = all). It is called inside the student's forward, 
 head's weights are whole even if they are sharded. Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
 micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`. An objective that needs no
-teacher says so with `needs_teacher = False`.
+teacher says so with `needs_teacher = False`, one that takes sparse teachers says with which tails:
+`sparse_tails`.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ class DivergenceObjective:
         self.teacher_temperature = teacher_temperature
         self.label_weight = label_weight
         self.needs_teacher = not isinstance(self.kind, ops.CrossEntropy)
+        self.sparse_tails = self.kind.sparse_tails
 
     def __call__(
         self, student: LogitRows, teacher: Teacher, batch: Mapping[str, Any]

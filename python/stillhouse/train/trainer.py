@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ class DistillTrainer(Trainer):
 
     `objective(student, teacher, batch)` sees the supervised rows only, and makes no logits of them
     that it does not need: a divergence takes chunks of them. `teacher` is a causal LM with the same
-    vocabulary; it is put on the training device and never trained. An objective that needs none may
-    do without, or keep one for the evaluation. `vocab_size` leaves padded columns out. Everything
-    else, keyword arguments included, is `transformers.Trainer`: accumulation, mixed precision,
-    gradient checkpointing, data-parallel and sharded training, resume, trackers.
+    vocabulary; it is put on the training device and never trained. Or it is a
+    `teachers.StoredTeacher`: then the batches bring what it said, and the evaluation does without
+    one. An objective that needs none may do without, or keep one for the evaluation. `vocab_size`
+    leaves padded columns out. Everything else, keyword arguments included, is
+    `transformers.Trainer`: accumulation, mixed precision, gradient checkpointing, data-parallel and
+    sharded training, resume, trackers.
 
     The loss is a mean over the supervised tokens of a whole optimiser step, across micro-batches
     and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
@@ -53,7 +55,7 @@ class DistillTrainer(Trainer):
         args: TrainingArguments,
         *,
         objective: Objective,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Callable[..., Any] | None = None,
         vocab_size: int | None = None,
         name: str = "",
         **options: Any,
@@ -82,10 +84,12 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.student_rows = RowForward(self.model)
-        self.teacher = None
         self.needs_teacher = getattr(objective, "needs_teacher", True)
-        if teacher is not None:
-            self.teacher = FrozenTeacher(teacher.to(args.device))
+        if isinstance(teacher, nn.Module):
+            teacher = FrozenTeacher(teacher.to(args.device))
+        self.teacher = teacher
+        # Held-out text is compared with a model: what a few columns say is another number.
+        self.reference = teacher if isinstance(teacher, FrozenTeacher) else None
         self.clock = Clock(args.device)
         self.statistics = StepStatistics()
         self.remove_callback(PrinterCallback)
@@ -136,7 +140,7 @@ class DistillTrainer(Trainer):
         """Sums of each sequence instead of [B, T, V] logits; `_summary` makes them metrics."""
         with torch.no_grad():
             batch, index = self._prepare(self._prepare_inputs(inputs))
-            teacher = self.teacher(batch, index) if self.teacher else None
+            teacher = self.reference(batch, index) if self.reference else None
             count = len(batch["labels"])
             sums = self.student_rows(
                 model,
