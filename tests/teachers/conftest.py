@@ -54,6 +54,7 @@ def stored(schema):
             last = min(first + per_shard, len(counts))
             parts.append(Part(len(parts), first, last, int(np.sum(counts[first:last]))))
             write_shard(folder, chosen, parts[-1], rows[first:last])
+        (folder / "manifest.json").unlink(missing_ok=True)
         write_manifest(folder, chosen, parts)
         return rows
 

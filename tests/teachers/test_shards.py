@@ -53,7 +53,9 @@ def test_columns_that_are_none(tmp_path, schema):
     for values in VALUES:
         chosen, part = schema(k=3, values=values, examples=1), Part(0, 0, 1, 2)
         write_shard(tmp_path, chosen, part, [StoredRows(ids, log_probs, rest)])
-        write_manifest(tmp_path, chosen, [part])
+        (tmp_path / "manifest.json").unlink(missing_ok=True)
+        assert write_manifest(tmp_path, chosen, [part])
+        assert not write_manifest(tmp_path, chosen, [part])
         got = TeacherShards(tmp_path).rows(0)
         assert torch.equal(got.ids, ids)
         torch.testing.assert_close(got.log_probs, log_probs, rtol=0, atol=4e-3)

@@ -91,7 +91,8 @@ def capture(arguments: CaptureArguments) -> Report | None:
         return None
     for part in files.parts:
         files.verify(part)
-    write_manifest(folder, job.schema, files.parts)
+    if not write_manifest(folder, job.schema, files.parts):
+        return None  # another process was as late as this one
     return job.report(folder)
 
 

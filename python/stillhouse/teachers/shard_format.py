@@ -126,8 +126,9 @@ def file_bytes(schema: Schema, part: Part) -> int:
     return len(header(schema, part)) + index + part.rows * schema.row_bytes
 
 
-def write_manifest(folder: Path, schema: Schema, parts: Sequence[Part]) -> None:
-    """What makes a folder of shards a stored teacher, written when all of them are there."""
+def write_manifest(folder: Path, schema: Schema, parts: Sequence[Part]) -> bool:
+    """What makes a folder of shards a stored teacher, written when all of them are there. Returns
+    whether it was this process that has written it: of several one is the first."""
     content = {
         "format": FORMAT,
         "schema": asdict(schema),
@@ -136,7 +137,16 @@ def write_manifest(folder: Path, schema: Schema, parts: Sequence[Part]) -> None:
     content["crc32"] = zlib.crc32(_canonical(content))
     partial = folder / f"{MANIFEST}.partial-{os.getpid()}"
     partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, folder / MANIFEST)
+    try:
+        os.link(partial, folder / MANIFEST)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        os.replace(partial, folder / MANIFEST)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -90,6 +90,15 @@ class ShardFiles:
         self._starts = [each.first for each in self.parts]
         self._indices: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.schema.examples
+
+    @property
+    def row_count(self) -> int:
+        """Supervised rows of all examples."""
+        return sum(part.rows for part in self.parts)
+
     def check_file(self, part: Part) -> None:
         """Raise ShardError unless the file is there, has its size and the header it must have."""
         path, expected = self.folder / part.name, header(self.schema, part)
@@ -184,15 +193,6 @@ class TeacherShards(ShardFiles):
         for done, part in enumerate(self.parts if verify else (), 1):
             self.verify(part)
             progress(done, len(self.parts))
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return self.schema.examples
-
-    @property
-    def row_count(self) -> int:
-        """Supervised rows of all examples."""
-        return sum(part.rows for part in self.parts)
 
     def rows(self, example: int) -> StoredRows:
         """The teacher at an example's supervised rows, in their order.
