@@ -27,7 +27,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup distill test simt-mutants ptxas bench claims wheel lint format clean FORCE
+.PHONY: help setup distill distill-cached test simt-mutants ptxas bench claims wheel lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,10 @@ setup: $(STAMPS)/cpu $(STAMPS)/teacher  ## .venv, torch, the CPU library, the ex
 distill: setup  ## the main job: distil SmolLM2-135M-Instruct into six of its blocks, with a report in runs/
 	$(call say,distilling (a report follows in runs/))
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill $(ARGS)
+
+distill-cached: setup  ## the same from a stored teacher: capture it, train from the shards, compare
+	$(call say,capturing the teacher and distilling from the shards (a report follows in runs/))
+	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill_cached $(ARGS)
 
 test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
 	$(call say,running the tests)

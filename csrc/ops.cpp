@@ -31,7 +31,10 @@ STILLHOUSE_LIBRARY(m) {
       "-> (Tensor loss, Tensor stats)");
   // float64 [6, ...], the numbers of csrc/divergence/state.h.
   m.def("row_state(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask) -> Tensor");
-  // The same with logits that are products hidden weight^T + bias, made by chunks of rows. Python
+  // Of rows [N, V]: int32 [N, k], the columns of the k largest logits, largest first, their
+  // log-probabilities [N, k] at this temperature, and the logarithm of what all others have, [N].
+  m.def("largest(Tensor logits, int k, float temperature) -> (Tensor, Tensor, Tensor)");
+  // Divergences with logits that are products hidden weight^T + bias, made by chunks of rows. Python
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
 #define SH_LINEAR                                                                         \
   "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, " \

@@ -69,6 +69,8 @@ Real divergence_weight(const Problem<Real>& problem, int64_t r) {
 
 #include "states.h"
 
+#include "largest.h"
+
 void zero(char* row, int64_t from, int64_t to, int64_t size) {
   for (int64_t i = from * size; i < to * size; ++i) row[i] = 0;
 }
@@ -150,8 +152,9 @@ void scale(const Rows& rows, int64_t width, double factor, int64_t lo, int64_t h
 }  // namespace
 
 extern const DivergenceKernels divergence_kernels;
-const DivergenceKernels divergence_kernels = {rows<float>,    rows<double>, states<float>,
-                                              states<double>, scale,        kShortLimit};
+const DivergenceKernels divergence_kernels = {rows<float>,    rows<double>,   states<float>,
+                                              states<double>, largest<float>, largest<double>,
+                                              scale,          kShortLimit};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

@@ -139,11 +139,21 @@ SH_INLINE int64_t scratch_bytes(const Problem<Real>& problem) {
   return (w.lay_out(problem, nullptr) - static_cast<Real*>(nullptr)) * int64_t(sizeof(Real)) + 64;
 }
 
+// The k largest columns of each row of logits, in order.
+struct LargestProblem {
+  Logits logits;
+  int64_t vocab, k;
+  int32_t* ids;                // [N, k]
+  void *log_probs, *log_rest;  // [N, k] and [N], float or double as the kernel is
+};
+
 struct DivergenceKernels {
   void (*f32)(const Problem<float>&, int64_t lo, int64_t hi, void* scratch);
   void (*f64)(const Problem<double>&, int64_t lo, int64_t hi, void* scratch);
   void (*states_f32)(const Problem<float>&, double* out, int64_t lo, int64_t hi, void* scratch);
   void (*states_f64)(const Problem<double>&, double* out, int64_t lo, int64_t hi, void* scratch);
+  void (*largest_f32)(const LargestProblem&, int64_t lo, int64_t hi, void* scratch);
+  void (*largest_f64)(const LargestProblem&, int64_t lo, int64_t hi, void* scratch);
   void (*scale)(const Rows&, int64_t width, double factor, int64_t lo, int64_t hi);
   int64_t short_limit;  // up to so many columns, kLanes rows at a time are faster than one
 };

@@ -113,6 +113,30 @@ struct Cpu {
   }
 };
 
+std::tuple<Tensor, Tensor, Tensor> largest(const Tensor& given, int64_t k, double temperature) {
+  const Tensor logits = with_contiguous_rows(given);
+  const bool in_double = logits.scalar_type() == ScalarType::Double;
+  const ScalarType wide = in_double ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = count_rows(logits), vocab = logits.size(logits.dim() - 1);
+  STD_TORCH_CHECK(1 <= k && k <= vocab, "k must lie in [1, ", vocab, "], got ", k);
+  const Tensor ids = torch::stable::new_empty(logits, {rows, k}, ScalarType::Int);
+  const Tensor log_probs = torch::stable::new_empty(logits, {rows, k}, wide);
+  const Tensor log_rest = torch::stable::new_empty(logits, {rows}, wide);
+  const LargestProblem p{{rows_of(logits), 1, 0, temperature, 1 / temperature},
+                         vocab,
+                         k,
+                         static_cast<int32_t*>(ids.data_ptr()),
+                         log_probs.data_ptr(),
+                         log_rest.data_ptr()};
+  // A block, the maxima of its lanes, and a number with its column each.
+  const int64_t bytes = 64 + 8 * (kBlock + (vocab / kBlock + 1) * kLanes) + 16 * vocab;
+  torch::stable::parallel_for(0, rows, 1 + 16384 / vocab, [&](int64_t lo, int64_t hi) {
+    const auto kernel = in_double ? kernels().largest_f64 : kernels().largest_f32;
+    kernel(p, lo, hi, thread_scratch(bytes));
+  });
+  return {ids, log_probs, log_rest};
+}
+
 void scale_(Tensor gradient, const Tensor& upstream) {
   const double factor = upstream.scalar_type() == ScalarType::Double
                             ? *static_cast<const double*>(upstream.const_data_ptr())
@@ -130,5 +154,6 @@ void scale_(Tensor gradient, const Tensor& upstream) {
 
 STABLE_TORCH_LIBRARY_IMPL(stillhouse, CPU, m) {
   stillhouse::DivergenceOps<stillhouse::Cpu>::register_ops(m);
+  m.impl("largest", TORCH_BOX(&stillhouse::largest));
   m.impl("scale_", TORCH_BOX(&stillhouse::scale_));
 }

@@ -168,6 +168,12 @@ def no_second_derivative(ctx, *upstream):
     raise RuntimeError("the gradient of a divergence has no gradient of its own: second derivative")
 
 
+def _fake_largest(logits, k, temperature):
+    rows, wide = len(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
+    ids = logits.new_empty((rows, k), dtype=torch.int32)
+    return ids, logits.new_empty((rows, k), dtype=wide), logits.new_empty(rows, dtype=wide)
+
+
 def register(namespace: str) -> None:
     """Shapes and derivatives of the ops whose schemas csrc/ops.cpp has put into this namespace."""
     fakes = {
@@ -178,6 +184,7 @@ def register(namespace: str) -> None:
         "row_state": lambda student, teacher, numbers, mask: student.new_empty(
             (6, *student.shape[:-1]), dtype=torch.float64
         ),
+        "largest": _fake_largest,
         "scale_": lambda gradient, upstream: None,
     }
     for name, fake in fakes.items():

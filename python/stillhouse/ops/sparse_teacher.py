@@ -272,7 +272,7 @@ def _largest(
     logits: Tensor, k: int, p: float | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids and log-probabilities [n, <= k] of the largest columns of each row, of `p` as many as it
-    takes, and the log mass of the others [n, 1]; the logarithms in float64."""
+    takes, and the log mass of the others [n, 1]."""
     if p is None:
         return _largest_k(logits, k, temperature)
     x = logits.double() / temperature
@@ -298,33 +298,16 @@ def _largest(
 
 
 def _largest_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a k, in three reads of the row: a capture is not to cost what a teacher does."""
-    from .row_state import row_state  # which knows this class
-
-    ids = _top_ids(logits, k)
-    known = logits.gather(-1, ids).double() / temperature
-    others = logits.scatter(-1, ids, -torch.inf)
-    log_rest = row_state(others, temperature=temperature).student_lse[:, None]
+    """The same for a k; on the CPU by a kernel: a capture is not to cost what a teacher does."""
+    if logits.is_cpu:
+        ids, log_probs, log_rest = torch.ops.stillhouse.largest(logits, k, float(temperature))
+        return ids, log_probs, log_rest[:, None]
+    ids = logits.topk(k, -1).indices
+    x = logits.double() / temperature
+    known, others = x.gather(-1, ids), x.scatter_(-1, ids, -torch.inf)
+    log_rest = others.logsumexp(-1, keepdim=True)
     log_sum = torch.logaddexp(known.logsumexp(-1, keepdim=True), log_rest)
     return ids, known - log_sum, log_rest - log_sum
-
-
-_RUN = 64  # columns
-
-
-def _top_ids(x: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row of [n, V], largest first. They lie in the k runs of
-    columns whose maxima are largest (or as large), and a selection costs more than a maximum."""
-    runs = x.shape[-1] // _RUN
-    if 4 * k > runs:
-        return x.topk(k, -1).indices
-    blocks = x[:, : runs * _RUN].unflatten(-1, (runs, _RUN))
-    chosen = blocks.amax(-1).topk(k, -1, sorted=False).indices
-    found = blocks.gather(1, chosen[..., None].expand(-1, -1, _RUN)).flatten(1)
-    columns = (chosen[..., None] * _RUN + torch.arange(_RUN, device=x.device)).flatten(1)
-    rest = torch.arange(runs * _RUN, x.shape[-1], device=x.device).expand(len(x), -1)
-    found, columns = torch.cat([found, x[:, runs * _RUN :]], -1), torch.cat([columns, rest], -1)
-    return columns.gather(-1, found.topk(k, -1).indices)
 
 
 def _widened(x: Tensor, width: int, fill: float) -> Tensor:

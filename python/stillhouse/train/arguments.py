@@ -207,10 +207,10 @@ def _config_words(path: Path, parser: Any, flags: list[str]) -> list[str]:
     for name, value in values.items():
         if name not in known:
             raise UsageError(f"{path}: unknown option {name!r} (stillhouse distill --help)")
-        # The options of the file's method mean nothing to the one a flag has put in its place.
-        replaced = name == "method_options" and any(
-            word.partition("=")[0] == "--method" for word in flags
-        )
+        # The options of the file's method mean nothing to the one a flag has put in its place, and
+        # a stored teacher stands in that of the file's model.
+        other = {"method_options": "method", "teacher": "teacher_shards"}.get(name)
+        replaced = any(word.partition("=")[0].replace("-", "_") == f"__{other}" for word in flags)
         if value is None or value == [] or replaced:
             continue
         words.append(f"--{name}")

@@ -1,0 +1,87 @@
+"""The largest columns of a row, and what all others have, against a sort in float64."""
+
+import pytest
+import torch
+
+from stillhouse import ops
+
+
+def largest(logits, k, temperature=1.0):
+    teacher = ops.SparseTeacher.from_logits(logits, k=k, temperature=temperature)
+    return teacher.ids, teacher.log_probs, teacher.log_rest
+
+
+def plain(logits, k, temperature=1.0):
+    """In the order of the values and, where they are equal, of the columns."""
+    x = logits.double() / temperature
+    order = logits.double().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    log_p = x.log_softmax(-1)
+    rest = log_p.scatter(-1, order, -torch.inf).logsumexp(-1)
+    return order.int(), log_p.gather(-1, order), rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("columns", [1, 5, 31, 32, 33, 500, 2048, 2049, 5000, 49152])
+def test_against_a_sort(dtype, columns, level):
+    for k in {1, 2, 8, 64, 700, columns}:
+        if k > columns or k == columns > 5000:
+            continue
+        x = (4 * torch.randn(6, columns)).to(dtype)
+        x[0] = 0
+        x[1, : columns // 2] = -torch.inf
+        x[2, columns // 3] = 60
+        x[3] -= 1000 if dtype != torch.float16 else 500
+        for temperature in (1.0, 0.7):
+            got, want = largest(x, k, temperature), plain(x, k, temperature)
+            if level != "cuda":  # where equal logits may come in any order
+                assert torch.equal(got[0], want[0])
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+            for each, other in zip(got[1:], want[1:], strict=True):
+                torch.testing.assert_close(
+                    each.double(), other, rtol=tolerance, atol=tolerance, equal_nan=True
+                )
+
+
+def test_what_is_left_is_accurate_however_little(level):
+    """Not 1 minus the known mass: from 1e-9 to e^-700 of the whole."""
+    x = torch.full((6, 3000), -30.0)
+    x[:, 100:104] = torch.tensor([3.0, 2.0, 2.5, 1.0])
+    x[1, 104:] = -200.0
+    x[1, :100] = -200.0
+    x[2, :100], x[2, 104:] = -699.0, -701.0
+    x[3, 500] = 0.999  # nearly one of them
+    x[4, :100], x[4, 104:] = -torch.inf, -torch.inf
+    x[5, :100], x[5, 104:] = -torch.inf, -torch.inf
+    x[5, 7] = -250.0
+    _, _, got = largest(x, 4)
+    _, _, want = plain(x, 4)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    assert got[4] == -torch.inf
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_row_says_so(broken, level):
+    x = torch.randn(3, 4000)
+    x[1, 3000] = broken
+    _, log_probs, log_rest = largest(x, 5)
+    assert log_probs[1].isnan().any()
+    assert log_probs[[0, 2]].isfinite().all()
+    assert log_rest[[0, 2]].isfinite().all()
+    x[1] = -torch.inf
+    assert largest(x, 5)[1][1].isnan().all()
+
+
+def test_rows_of_any_stride(level):
+    x = torch.randn(4, 6, 300)
+    for view in (x[:, ::2], x.transpose(0, 1), x[..., :200], x[..., ::3]):
+        got, want = largest(view, 7), plain(view, 7)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1].double(), want[1], rtol=1e-6, atol=1e-6)
+    empty = largest(x[:0], 7)
+    assert [tuple(each.shape) for each in empty] == [(0, 6, 7), (0, 6, 7), (0, 6)]
+
+
+def test_the_op_and_its_shapes():
+    torch.library.opcheck(torch.ops.stillhouse.largest, (torch.randn(5, 300), 7, 2.0))
+    with pytest.raises(RuntimeError, match=r"k must lie in \[1, 300\], got 301"):
+        torch.ops.stillhouse.largest(torch.randn(5, 300), 301, 2.0)
