@@ -60,7 +60,7 @@ def simt(monkeypatch):
     monkeypatch.setattr(divergence_autograd, "_kernels", _simt_ops())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sizes():
     """What the configurations of all these models share."""
     return dict(
@@ -72,7 +72,7 @@ def sizes():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama(sizes):
     """llama(layers, vocab_size=259, seed=0): a random Llama of width 32, in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,20 +94,29 @@ def llama(sizes):
     return make
 
 
-@pytest.fixture
-def tokenizer():
-    """A byte-level tokenizer with a chat template, made without any file."""
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """make_tokenizer(): a byte-level tokenizer with a chat template, made without any file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<|start|>", "<|pad|>", "<|end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        chat_template=TEMPLATE,
-    )
+    def make():
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens(["<|start|>", "<|pad|>", "<|end|>"])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            eos_token="<|end|>",
+            pad_token="<|pad|>",
+            chat_template=TEMPLATE,
+        )
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer):
+    """One that a test may change."""
+    return make_tokenizer()

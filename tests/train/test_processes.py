@@ -1,59 +1,152 @@
-"""Two processes on the CPU train exactly as one does on both their batches."""
+"""Several processes train exactly as one does on all their batches, with every engine that we name.
+
+The launchers are those of docs/many-machines.md, on the CPU: each test asserts that they really
+started the processes, which some of accelerate's flags do not.
+"""
 
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import stillhouse.recipes
 
-def test_two_processes_equal_one(tmp_path, llama, tokenizer):
-    llama(2, seed=1).save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    # Conversations of unlike length: a mean of the two ranks' means would be off.
+FSDP2 = Path(stillhouse.recipes.__file__).with_name("fsdp2.yaml")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+ACCELERATE = ["accelerate.commands.launch"]
+TORCHRUN = ["torch.distributed.run"]
+MODULE = ["-m", "stillhouse"]
+LAUNCHERS = {
+    "DDP by torchrun": [*TORCHRUN, "--nproc_per_node=2", "--standalone", *MODULE],
+    "DDP by accelerate": [*ACCELERATE, "--multi_gpu", "--num_processes=2", *MODULE],
+    "FSDP2": [
+        *ACCELERATE,
+        f"--config_file={FSDP2}",
+        "--num_processes=2",
+        str(Path(__file__).with_name("sharded_on_cpu.py")),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, llama, make_tokenizer):
+    """A teacher, and conversations of unlike length: a mean of two ranks' means would be off."""
+    folder = tmp_path_factory.mktemp("processes")
+    llama(2, seed=1).save_pretrained(folder / "teacher")
+    make_tokenizer().save_pretrained(folder / "teacher")
     words = random.Random(1)
-    with (tmp_path / "data.jsonl").open("w") as file:
+    with (folder / "data.jsonl").open("w") as file:
         for _ in range(40):
             text = "".join(words.choices("abcdefgh ", k=words.randint(3, 40)))
             file.write(json.dumps({"prompt": "say", "response": text}) + "\n")
+    return folder
 
-    def run(name, launcher, batch_size):
-        flags = {
-            "teacher": tmp_path / "teacher",
-            "student": "layers:1",
-            "data": tmp_path / "data.jsonl",
-            "eval_share": 0.2,
-            "max_length": 64,
-            "method_options": "alpha=auto",
-            "output_dir": tmp_path / name,
-            "max_steps": 6,
-            "gradient_accumulation_steps": 2,
-            "control": "true",
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": 3,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "use_cpu": "true",
-        }
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        subprocess.run(
-            [sys.executable, "-m", *launcher, "stillhouse", "distill", *words],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-        )
-        return json.loads((tmp_path / name / "report.json").read_text())
 
-    one = run("one", [], 4)
-    two = run("two", ["torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"], 2)
-    assert (one["processes"], two["processes"]) == (1, 2)
-    losses = [report["curves"]["loss"]["series"]["taid"][1] for report in (one, two)]
-    assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for label in ("student", "control"):
-        assert one["tokens"][label] == two["tokens"][label]
-    assert two["perplexity"]["control"] == pytest.approx(one["perplexity"]["control"], rel=1e-4)
+def command(world, name, launcher, batch_size, **changes):
+    flags = {
+        "teacher": world / "teacher",
+        "student": "layers:1",
+        "data": world / "data.jsonl",
+        "eval_share": 0.2,
+        "max_length": 64,
+        "method": "taid",
+        "method_options": "alpha=auto",
+        "output_dir": world / name,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "use_cpu": "true",
+    }
+    words = [str(word) for flag in (flags | changes).items() for word in ("--" + flag[0], flag[1])]
+    return [sys.executable, "-m", *launcher, "distill", *words]
+
+
+def run(world, name, launcher, batch_size, **changes):
+    subprocess.run(
+        command(world, name, launcher, batch_size, **changes),
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
+    )
+    return report(world, name)
+
+
+def report(world, name):
+    return json.loads((world / name / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(world):
+    """One process, with a control."""
+    return run(world, "one", ["stillhouse"], 4, control="true")
+
+
+def curve(report):
+    return report["curves"]["loss"]["series"]["taid"][1]
+
+
+def check(report, one, engine):
+    assert (one["processes"], report["processes"]) == (1, 2)
+    assert report["engine"] == engine
+    assert len(curve(one)) == 6
+    assert curve(report) == pytest.approx(curve(one), rel=1e-5)
+    assert report["tokens"]["student"] == one["tokens"]["student"]
     for name in ("kl_to_teacher", "acceptance"):
-        assert two[name] == pytest.approx(one[name], rel=1e-4)
+        assert report[name] == pytest.approx(one[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_processes_equal_one(world, one, name):
+    control = name == "DDP by torchrun"
+    changes = {"control": "true"} if control else {}
+    two = run(world, name, LAUNCHERS[name], 2, **changes)
+    check(two, one, "FSDP2" if name == "FSDP2" else "DDP")
+    if control:
+        assert two["tokens"]["control"] == one["tokens"]["control"]
+        perplexity = [each["perplexity"]["control"] for each in (one, two)]
+        assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-4)
+    # Half of it by two processes, the rest by one.
+    folder = world / f"{name}, resumed"
+    shutil.copytree(world / name, folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    shutil.rmtree(folder / "student")
+    resumed = run(world, folder.name, ["stillhouse"], 4, resume="true")
+    assert resumed["processes"] == 1
+    assert curve(resumed) == pytest.approx(curve(one), rel=1e-5)
+
+
+def test_no_sharding_is_no_silent_matter(world):
+    """accelerate does not shard on the CPU, and does not say so."""
+    launcher = [*ACCELERATE, f"--config_file={FSDP2}", "--num_processes=2", *MODULE]
+    result = subprocess.run(
+        command(world, "unsharded", launcher, 2),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
+    )
+    assert result.returncode != 0
+    assert "accelerate does not shard with 2 processes on cpu" in result.stderr
+
+
+def test_two_machines_equal_one(world, one):
+    """Two launchers that find each other, as on two machines."""
+    words = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--master_port=29611"]
+    machines = [
+        subprocess.Popen(
+            command(world, "machines", [*words, f"--node_rank={rank}", *MODULE], 2),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    check(report(world, "machines"), one, "DDP")

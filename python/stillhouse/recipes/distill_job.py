@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stillhouse import data
 from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
 from stillhouse.train import DivergenceObjective, Objective, models
@@ -26,12 +28,14 @@ class Run:
     tokens: int
     seconds: dict[str, float]  # as DistillTrainer.seconds
     history: list[dict[str, float]]  # the training entries of the trainer's log
+    engine: str
 
     @classmethod
     def of(cls, trainer: Any, name: str, metrics: dict[str, float]) -> Run:
         state = trainer.state
         history = [entry for entry in state.log_history if "loss" in entry]
-        return cls(name, metrics, state.global_step, trainer.tokens, trainer.seconds(), history)
+        numbers = metrics, state.global_step, trainer.tokens, trainer.seconds(), history
+        return cls(name, *numbers, _engine(trainer))
 
     def row(self) -> dict[str, object]:
         seconds = self.seconds["total"]
@@ -45,6 +49,16 @@ class Run:
             "seconds": seconds,
             "tokens/s": self.tokens / seconds if seconds else None,
         }
+
+
+def _engine(trainer: Any) -> str:
+    """What the training really ran on, whatever was asked for."""
+    if any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()):
+        return "FSDP2"
+    if isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+        return "DDP"
+    kind = trainer.accelerator.distributed_type.value
+    return "one process" if kind == "NO" else kind
 
 
 class Job:

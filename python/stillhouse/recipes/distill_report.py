@@ -62,6 +62,7 @@ def fill(
         ylabel="loss (nats a token)",
     )
     report.value("processes", job.training.world_size)
+    report.value("engine", student.engine)
     report.value("configuration", _configuration(job))
     report.value("model", str(folder))
     report.value("load", load_command(folder))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 MARKER = "complete"
 STATE_FILE = "distillation.pt"  # what DistillTrainer adds to the Trainer's own files
+# What sharded processes gather into one file each (fsdp_state_dict_type: FULL_STATE_DICT).
+WHOLE_WEIGHTS, WHOLE_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
 
 
 def mark_complete(folder: str | Path) -> None:
@@ -38,6 +40,11 @@ def is_complete(folder: str | Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether sharded processes have written it, for any number of processes to read."""
+    return all((Path(folder) / name).is_file() for name in (WHOLE_WEIGHTS, WHOLE_OPTIMIZER))
 
 
 def is_foreign(folder: str | Path) -> bool:

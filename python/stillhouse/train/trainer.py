@@ -11,10 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from stillhouse.train.checkpoints import STATE_FILE, mark_complete, newest_complete, prune
+from stillhouse.train.checkpoints import (
+    STATE_FILE,
+    WHOLE_OPTIMIZER,
+    WHOLE_WEIGHTS,
+    is_whole,
+    mark_complete,
+    newest_complete,
+    prune,
+)
 from stillhouse.train.clock import Clock
 from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
@@ -45,8 +54,9 @@ class DistillTrainer(Trainer):
     and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
     `eval_forward_kl`, `eval_reverse_kl`, `eval_acceptance`, `eval_agreement`.
 
-    Raises ValueError where the objective needs a teacher and there is none, and for several GPUs
-    in one process; NonFiniteLoss while training.
+    Raises ValueError where the objective needs a teacher and there is none, for several GPUs in one
+    process, and where FSDP was asked for and accelerate would not shard; NonFiniteLoss while
+    training.
     """
 
     def __init__(
@@ -78,6 +88,12 @@ class DistillTrainer(Trainer):
             args.dataloader_pin_memory = False  # it would warn that there is nothing to pin for
         options.setdefault("data_collator", collate)
         super().__init__(model, args, compute_metrics=_summary, **options)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"FSDP was asked for, but accelerate does not shard with {args.world_size} "
+                f"processes on {args.device.type}: each would hold a whole copy; use DDP "
+                "(--multi_gpu)"
+            )
         self.objective = objective
         self.vocab_size = vocab_size
         # Ours is a per-token mean over the whole step, of labels counted from the second on.
@@ -268,8 +284,20 @@ class DistillTrainer(Trainer):
         time.sleep(float(os.environ.get("STILLHOUSE_TEST_CHECKPOINT_SLEEP", "0")))
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = Path(checkpoint) / WHOLE_WEIGHTS
+        if self.is_fsdp_enabled or not whole.is_file():
+            super()._load_from_checkpoint(checkpoint, model)
+            return
+        # Sharded processes have written it; the Trainer would leave it to sharded ones.
+        state = torch.load(whole, map_location="cpu", weights_only=True)
+        (self.model if model is None else model).load_state_dict(state)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_fsdp_enabled and is_whole(checkpoint):
+            self._load_whole_optimizer(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = Path(checkpoint) / STATE_FILE
@@ -285,6 +313,15 @@ class DistillTrainer(Trainer):
         self.clock.load_state_dict(state["clock"])
         if "objective" in state:
             self.objective.load_state_dict(state["objective"])
+
+    def _load_whole_optimizer(self, checkpoint: Path) -> None:
+        """What sharded processes have gathered, by the names of the parameters."""
+        options = StateDictOptions(full_state_dict=True)
+        state = torch.load(checkpoint / WHOLE_OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        scheduler = torch.load(checkpoint / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     # --- stopping in time ---------------------------------------------------------------------
 
