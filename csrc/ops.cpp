@@ -31,9 +31,20 @@ STILLHOUSE_LIBRARY(m) {
       "-> (Tensor loss, Tensor stats)");
   // float64 [6, ...], the numbers of csrc/divergence/state.h.
   m.def("row_state(Tensor student, Tensor? teacher, Tensor numbers, Tensor? mask) -> Tensor");
+  // Divergences of a part of the columns, with float64 numbers of whole rows: lse [2, ...] of student and
+  // teacher, and for the gradient the sum of the slopes. Gives sums of terms and of slopes, [2, ...].
+  m.def(
+      "divergence_part(Tensor student, Tensor teacher, Tensor numbers, Tensor lse, int kind) "
+      "-> Tensor");
+  m.def(
+      "divergence_part_gradient(Tensor student, Tensor teacher, Tensor numbers, Tensor lse, "
+      "Tensor slope, Tensor weight, int kind) -> Tensor");
   // Of rows [N, V]: int32 [N, k], the columns of the k largest logits, largest first, their
-  // log-probabilities [N, k] at this temperature, and the logarithm of what all others have, [N].
-  m.def("largest(Tensor logits, int k, float temperature) -> (Tensor, Tensor, Tensor)");
+  // log-probabilities [N, k] at this temperature, and the logarithm of what all others have, [N]; of these
+  // as many draws, int32 [N, d], as there are numbers in `uniform`, float64 [N, d] in [0, 1), ascending.
+  m.def(
+      "largest(Tensor logits, int k, float temperature, Tensor? uniform=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // Divergences with logits that are products hidden weight^T + bias, made by chunks of rows. Python
   // implements these over the ops above (python/stillhouse/ops/linear_divergence_autograd.py).
 #define SH_LINEAR                                                                         \

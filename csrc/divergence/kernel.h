@@ -50,6 +50,10 @@ struct Problem {
   Real* value;    // [N] or null
   Real* stats;    // [kStats, N] or null
   Rows gradient;  // data null: no gradient; may be the student's own rows
+  // Where the columns are a part of the vocabulary, of whole rows [N] each: log-sum-exps of both sides
+  // [2, N], and for a gradient the sum of slopes; or out go the sums of terms and slopes here, [2, N].
+  const double *lse, *slope;
+  double* parts;
   int64_t rows;
   int64_t resident_limit;  // rows of more columns take the streaming path
   int64_t short_limit;     // rows of at most so many columns are taken kLanes at a time
@@ -139,11 +143,12 @@ SH_INLINE int64_t scratch_bytes(const Problem<Real>& problem) {
   return (w.lay_out(problem, nullptr) - static_cast<Real*>(nullptr)) * int64_t(sizeof(Real)) + 64;
 }
 
-// The k largest columns of each row of logits, in order.
+// The k largest columns of each row of logits, in order, and draws from all others.
 struct LargestProblem {
   Logits logits;
-  int64_t vocab, k;
-  int32_t* ids;                // [N, k]
+  int64_t vocab, k, draws;
+  const double* uniform;       // [N, draws] in [0, 1), ascending
+  int32_t *ids, *drawn;        // [N, k], [N, draws]
   void *log_probs, *log_rest;  // [N, k] and [N], float or double as the kernel is
 };
 

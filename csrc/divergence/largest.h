@@ -3,7 +3,8 @@
 //
 // Two reads. The first leaves the maxima of interleaved parts of the row; the k-th largest of them is
 // reached by k columns at least, and by few more. The second collects those, and sums the exponentials
-// of all others on their own: what they have must not be 1 minus what the largest have.
+// of all others on their own: what they have must not be 1 minus what the largest have. Draws from these
+// look again at the blocks that they fall into.
 #pragma once
 
 // A column that may be one of the largest, and whether a comes before b: by value, NaN first, then by
@@ -34,7 +35,8 @@ void sift_down(T* heap, int64_t n, Before comes_before) {
   heap[at] = root;
 }
 
-// Moves the first k of n elements to the front, in order; `left` is called with each of the others.
+// Moves the first k of n elements to the front, in order; `left` is called with each of the others, which
+// stay behind them.
 template <class T, class Before, class Left>
 void select_first(T* x, int64_t n, int64_t k, Before comes_before, Left left) {
   for (int64_t end = 1; end <= k; ++end) {  // a heap of the first k
@@ -49,8 +51,10 @@ void select_first(T* x, int64_t n, int64_t k, Before comes_before, Left left) {
       left(x[i]);
       continue;
     }
-    left(x[0]);
+    const T out = x[0];
+    left(out);
     x[0] = x[i];
+    x[i] = out;
     sift_down(x, k, comes_before);
   }
   for (int64_t end = k - 1; end > 0; --end) {
@@ -63,14 +67,15 @@ void select_first(T* x, int64_t n, int64_t k, Before comes_before, Left left) {
 
 template <class Real>
 struct LargestScratch {
-  Real *buffer, *maxima;
+  Real *buffer, *maxima, *block_sums;
   Candidate<Real>* candidates;
 
   LargestScratch(const LargestProblem& p, void* scratch) {
     const int64_t blocks = p.vocab / kBlock + 1;
     buffer = reinterpret_cast<Real*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
     maxima = buffer + kBlock;
-    candidates = reinterpret_cast<Candidate<Real>*>(maxima + blocks * kLanes);
+    block_sums = maxima + blocks * kLanes;
+    candidates = reinterpret_cast<Candidate<Real>*>(block_sums + padded(blocks));
   }
 };
 
@@ -98,6 +103,73 @@ Real collect(int64_t n, const Real* x, Real bound, Real gain2, int64_t start, in
   return fold_sum(sum);
 }
 
+// The columns that the draws of a row fall on, of those that are not among the first k candidates: the
+// other candidates, then block by block, 32 columns by 32. rest: what they have together, relative to the
+// bound; block_sums: what is below the bound in each block.
+template <class Real>
+struct Draws {
+  const LargestProblem& p;
+  const LargestScratch<Real>& w;
+  Source<Real>& source;
+  const int64_t r;
+  const Real bound, gain2;
+  const double rest;
+  double passed = 0;
+  int64_t next = 0;
+
+  bool falls_within(double mass) const {
+    return next < p.draws && p.uniform[r * p.draws + next] * rest < passed + mass;
+  }
+  void take(int64_t column) { p.drawn[r * p.draws + next++] = int32_t(column); }
+
+  void from_candidates(int64_t found) {
+    for (int64_t i = p.k; i < found; ++i) {
+      const Candidate<Real>& c = w.candidates[i];
+      if (!(c.x > -INFINITY)) continue;
+      const double mass = double(fast_exp2((c.x - bound) * gain2));
+      while (falls_within(mass)) take(c.column);
+      passed += mass;
+    }
+  }
+
+  void from_block(int64_t start, double sum) {
+    if (!falls_within(sum)) {
+      passed += sum;
+      return;
+    }
+    const double end = passed + sum;
+    const Real* x = source.load(start);
+    const int64_t columns = source.columns(start);
+    int64_t group = -1;  // the last one with any mass
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Candidate<Real>* unused = w.candidates + p.vocab;
+      const double of_lanes = double(collect(kLanes, x + j, bound, gain2, j, 0, unused));
+      if (of_lanes > 0) group = j;
+      if (!falls_within(of_lanes)) {
+        passed += of_lanes;
+        continue;
+      }
+      for (int64_t i = j; i < j + kLanes && i < columns; ++i) {
+        if (!(x[i] < bound && x[i] > -INFINITY)) continue;
+        const double mass = double(fast_exp2((x[i] - bound) * gain2));
+        while (falls_within(mass)) take(start + i);
+        passed += mass;
+      }
+    }
+    passed = end;
+    // Sums in another order differ in their last places: what they leave over.
+    int64_t last = -1;
+    for (int64_t i = group; group >= 0 && i < group + kLanes && i < columns; ++i)
+      if (x[i] < bound && x[i] > -INFINITY) last = start + i;
+    while (last >= 0 && falls_within(0)) take(last);
+  }
+
+  // What rounding has left over.
+  void finish(int64_t column) {
+    while (next < p.draws) take(column);
+  }
+};
+
 template <class Real>
 void largest_of_row(const LargestProblem& p, int64_t r, const LargestScratch<Real>& w) {
   Source<Real> source(p.logits, r, p.vocab, w.buffer);
@@ -119,7 +191,10 @@ void largest_of_row(const LargestProblem& p, int64_t r, const LargestScratch<Rea
   double rest = 0;  // relative to `shift`
   for (int64_t start = 0; start < p.vocab; start += kBlock) {
     const int64_t columns = source.columns(start);
-    rest += collect(padded(columns), source.load(start), bound, gain2, start, columns, end);
+    const Real sum =
+        collect(padded(columns), source.load(start), bound, gain2, start, columns, end);
+    w.block_sums[start / kBlock] = sum;
+    rest += sum;
   }
   const int64_t found = end - w.candidates;
   Real shift = bound;
@@ -132,6 +207,14 @@ void largest_of_row(const LargestProblem& p, int64_t r, const LargestScratch<Rea
   select_first(w.candidates, found, p.k, before<Real>, [&](const Candidate<Real>& left) {
     if (left.x > -INFINITY) rest += mass(left.x);
   });
+  for (int64_t i = 0; i < p.draws; ++i) p.drawn[r * p.draws + i] = -1;
+  if (p.draws > 0 && rest > 1e-30 && shift == bound) {
+    Draws<Real> draws{p, w, source, r, bound, gain2, rest};
+    draws.from_candidates(found);
+    for (int64_t start = 0; start < p.vocab; start += kBlock)
+      draws.from_block(start, double(w.block_sums[start / kBlock]));
+    if (draws.next > 0) draws.finish(p.drawn[r * p.draws + draws.next - 1]);
+  }
   if (!(rest > 1e-30) && found < p.vocab && rest == rest) {
     // So far below the bound that nothing is left: once more, relative to their own maximum.
     Real top = -INFINITY;

@@ -17,7 +17,7 @@ constexpr bool kHasTeacher = !std::is_same<Kind, LabelsOnly>::value;
 template <class Real>
 bool is_plain(const Problem<Real>& p) {
   return p.stats == nullptr && !has_labels(p) && p.student.cap == 0 && p.teacher.cap == 0 &&
-         p.kind != kTAID;
+         p.kind != kTAID && p.lse == nullptr;
 }
 
 template <class Kind, class Real, class In, int kThreads, Hold kHold, bool kPlain>
@@ -202,6 +202,9 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
       if constexpr (kHold == Hold::shared) copy_async_wait<0>();
       numbers_of_logits();
     }
+    if constexpr (kTakesParts) {
+      if (problem.lse != nullptr) return take_known();
+    }
     const Real gain2 = Real(student.gain * kLog2e), t_gain2 = Real(teacher_gain() * kLog2e);
     Real label_gain = 0, own_label_gain2 = 0;
     bool inside = false;
@@ -287,17 +290,9 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
     const double log_total = fast_log(total), inverse = 1 / total;
     z_lse = __shfl_sync(kFullMask, log_total, 0) + of_z.to_zero(double(student.gain));
     const Real z_factor = kept(Real(__shfl_sync(kFullMask, inverse, 0)));
-    scalars.z_gain = student.gain;
-    scalars.z_lse = minus_two_part<Real>(z_lse);
-    scalars.q_factor = z_factor;
-    if constexpr (kHasTeacher<Kind>) {
+    if constexpr (kHasTeacher<Kind>)
       t_lse = __shfl_sync(kFullMask, log_total, 1) + of_t.to_zero(double(teacher_gain()));
-      scalars.t_gain = teacher_gain();
-      scalars.ratio = student.gain / teacher_gain();
-      scalars.t_lse = minus_two_part<Real>(t_lse);
-      scalars.lse_difference = minus_two_part<Real>(t_lse - z_lse);
-      scalars.p_factor = kept(Real(__shfl_sync(kFullMask, inverse, 1)));
-    }
+    set_scalars(z_factor, kept(Real(__shfl_sync(kFullMask, inverse, 1))));
 
     if constexpr (Kind::kRow != RowNumbers::none) numbers_of_probabilities();
     if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail(maxima);
@@ -333,6 +328,30 @@ struct NormalisedRow : HeldRow<Real, In, kThreads, kHold, kPlain, kHasTeacher<Ki
         }
       }
       if (problem.stats != nullptr) agree(maxima);
+    }
+  }
+
+  // Rows of a part of the vocabulary come with what belongs to whole rows.
+  static constexpr bool kTakesParts = !kPlain && kHold == Hold::nothing && kHasTeacher<Kind>;
+  __device__ void take_known() {
+    z_lse = problem.lse[r], t_lse = problem.lse[problem.rows + r];
+    const double gain = double(student.gain), t_gain = double(teacher_gain());
+    const Real maxima[2] = {Real(z_lse / gain), Real(t_lse / t_gain)};
+    set_shifts(maxima, Real(0));
+    set_scalars(Real(::exp(of_z.to_zero(gain) - z_lse)), Real(::exp(of_t.to_zero(t_gain) - t_lse)));
+    weight = row_weight(problem, r) * Real(problem.factor) * student.gain;
+  }
+
+  __device__ void set_scalars(Real z_factor, Real t_factor) {
+    scalars.z_gain = student.gain;
+    scalars.z_lse = minus_two_part<Real>(z_lse);
+    scalars.q_factor = z_factor;
+    if constexpr (kHasTeacher<Kind>) {
+      scalars.t_gain = teacher_gain();
+      scalars.ratio = student.gain / teacher_gain();
+      scalars.t_lse = minus_two_part<Real>(t_lse);
+      scalars.lse_difference = minus_two_part<Real>(t_lse - z_lse);
+      scalars.p_factor = t_factor;
     }
   }
 

@@ -113,7 +113,8 @@ struct Cpu {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> largest(const Tensor& given, int64_t k, double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> largest(const Tensor& given, int64_t k,
+                                                   double temperature, const MaybeTensor& uniform) {
   const Tensor logits = with_contiguous_rows(given);
   const bool in_double = logits.scalar_type() == ScalarType::Double;
   const ScalarType wide = in_double ? ScalarType::Double : ScalarType::Float;
@@ -122,19 +123,27 @@ std::tuple<Tensor, Tensor, Tensor> largest(const Tensor& given, int64_t k, doubl
   const Tensor ids = torch::stable::new_empty(logits, {rows, k}, ScalarType::Int);
   const Tensor log_probs = torch::stable::new_empty(logits, {rows, k}, wide);
   const Tensor log_rest = torch::stable::new_empty(logits, {rows}, wide);
+  const int64_t draws = uniform ? uniform->size(uniform->dim() - 1) : 0;
+  STD_TORCH_CHECK(!uniform || (uniform->numel() == rows * draws && uniform->is_contiguous() &&
+                               uniform->scalar_type() == ScalarType::Double),
+                  "uniform must be float64 [rows, draws]");
+  const Tensor drawn = torch::stable::new_empty(logits, {rows, draws}, ScalarType::Int);
   const LargestProblem p{{rows_of(logits), 1, 0, temperature, 1 / temperature},
                          vocab,
                          k,
+                         draws,
+                         uniform ? static_cast<const double*>(uniform->const_data_ptr()) : nullptr,
                          static_cast<int32_t*>(ids.data_ptr()),
+                         static_cast<int32_t*>(drawn.data_ptr()),
                          log_probs.data_ptr(),
                          log_rest.data_ptr()};
-  // A block, the maxima of its lanes, and a number with its column each.
-  const int64_t bytes = 64 + 8 * (kBlock + (vocab / kBlock + 1) * kLanes) + 16 * vocab;
+  // A block, the maxima of its lanes and its sum, and a number with its column each.
+  const int64_t bytes = 64 + 8 * (kBlock + (vocab / kBlock + 2) * 2 * kLanes) + 16 * (vocab + 1);
   torch::stable::parallel_for(0, rows, 1 + 16384 / vocab, [&](int64_t lo, int64_t hi) {
     const auto kernel = in_double ? kernels().largest_f64 : kernels().largest_f32;
     kernel(p, lo, hi, thread_scratch(bytes));
   });
-  return {ids, log_probs, log_rest};
+  return {ids, log_probs, log_rest, drawn};
 }
 
 void scale_(Tensor gradient, const Tensor& upstream) {

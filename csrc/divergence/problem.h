@@ -314,6 +314,62 @@ struct DivergenceOps {
     return in_double(a) ? states_of<double>(a, mask) : states_of<float>(a, mask);
   }
 
+  // A problem whose columns are a part of the vocabulary.
+  template <class Real>
+  static Problem<Real> make_part(const Arguments& a, const Tensor& lse, std::vector<Tensor>& hold) {
+    Problem<Real> p = make_problem<Real>(a, hold);
+    STD_TORCH_CHECK(lse.numel() == 2 * p.rows && lse.scalar_type() == ScalarType::Double,
+                    "lse must be float64 [2, rows]");
+    hold.push_back(torch::stable::contiguous(lse));
+    p.lse = static_cast<const double*>(hold.back().const_data_ptr());
+    p.resident_limit = 0;  // passes have nothing to keep for each other
+    return p;
+  }
+
+  template <class Real>
+  static Tensor sums_of_part(const Arguments& a, const Tensor& lse) {
+    std::vector<Tensor> hold;
+    Problem<Real> p = make_part<Real>(a, lse, hold);
+    std::vector<int64_t> shape = leading_shape(a.student);
+    shape.insert(shape.begin(), 2);
+    const Tensor parts = Backend::output(a.student, shape, ScalarType::Double);
+    p.parts = static_cast<double*>(parts.data_ptr());
+    Backend::launch(p, a.student);
+    return parts;
+  }
+
+  template <class Real>
+  static void gradient_of_part(const Arguments& a, const Tensor& lse, const Tensor& slope,
+                               const Tensor& weight, const Tensor& gradient) {
+    std::vector<Tensor> hold;
+    Problem<Real> p = make_part<Real>(a, lse, hold);
+    STD_TORCH_CHECK(slope.numel() == p.rows && slope.scalar_type() == ScalarType::Double,
+                    "slope must be float64 [rows]");
+    hold.push_back(torch::stable::contiguous(slope));
+    p.slope = static_cast<const double*>(hold.back().const_data_ptr());
+    p.weight = row_numbers<Real>(weight, p.rows, hold);
+    p.gradient = rows_of(gradient);
+    Backend::launch(p, a.student);
+  }
+
+  static Tensor part(const Tensor& student, const Tensor& teacher, const Tensor& numbers,
+                     const Tensor& lse, int64_t kind) {
+    const MaybeTensor none, given = teacher;
+    const Arguments a{student, given, numbers, none, kind, -1, 0, none, 0};
+    return in_double(a) ? sums_of_part<double>(a, lse) : sums_of_part<float>(a, lse);
+  }
+
+  static Tensor part_gradient(const Tensor& student, const Tensor& teacher, const Tensor& numbers,
+                              const Tensor& lse, const Tensor& slope, const Tensor& weight,
+                              int64_t kind) {
+    const MaybeTensor none, given = teacher;
+    const Arguments a{student, given, numbers, none, kind, -1, 0, none, 0};
+    const Tensor gradient = Backend::gradient(student);
+    in_double(a) ? gradient_of_part<double>(a, lse, slope, weight, gradient)
+                 : gradient_of_part<float>(a, lse, slope, weight, gradient);
+    return gradient;
+  }
+
   template <class Library>
   static void register_ops(Library& m) {
     m.impl("divergence", TORCH_BOX(&DivergenceOps::divergence));
@@ -321,6 +377,8 @@ struct DivergenceOps {
     m.impl("divergence_loss", TORCH_BOX(&DivergenceOps::loss));
     m.impl("divergence_loss_", TORCH_BOX(&DivergenceOps::loss_));
     m.impl("row_state", TORCH_BOX(&DivergenceOps::row_state));
+    m.impl("divergence_part", TORCH_BOX(&DivergenceOps::part));
+    m.impl("divergence_part_gradient", TORCH_BOX(&DivergenceOps::part_gradient));
   }
 };
 

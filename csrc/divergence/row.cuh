@@ -88,8 +88,10 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
   __device__ void run() {
     const bool with_gradient = gradient != nullptr;
     Real part[kSums] = {};
+    bool known_slope = false;
+    if constexpr (Base::kTakesParts) known_slope = problem.slope != nullptr && !kOnePass<Kind>;
     // What is -inf on both sides, as columns beside the row are, adds nothing.
-    each_chunk_of_pass(kOnePass<Kind> || !with_gradient, [&](int slot, int start) {
+    const auto add_terms = [&](int slot, int start) {
       fetch(slot, start);
       Real g[kSize];  // the gradient where it is known, else slopes
 #pragma unroll
@@ -114,7 +116,8 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
       if constexpr (kLeavesSlopes) {
         if (with_gradient) this->leave(start, g);
       }
-    });
+    };
+    if (!known_slope) each_chunk_of_pass(kOnePass<Kind> || !with_gradient, add_terms);
     for (int i = 0; i < kSums; ++i) sums[i] = double(part[i]);
     if constexpr (kWritesLater) {
       T::of_warp(sums, Add());
@@ -123,10 +126,22 @@ struct DeviceRow : NormalisedRow<Kind, Real, In, kThreads, kHold, kPlain> {
     }
     T::reduce(sums, Add());
 
+    bool whole_row = true;
+    if constexpr (Base::kTakesParts) {
+      whole_row = problem.lse == nullptr;
+      if (problem.parts != nullptr) {
+        if (T::rank() != 0) return;
+        problem.parts[r] = sums[kValue], problem.parts[problem.rows + r] = sums[kSlope];
+        return;
+      }
+      if (known_slope) sums[kSlope] = problem.slope[r];
+    }
     if constexpr (Kind::kFinish) {
-      const Finished finished = Kind::finish(sums[kValue], sums[kSlope], params);
-      sums[kValue] = finished.value;
-      weight *= Real(finished.factor);
+      if (whole_row) {
+        const Finished finished = Kind::finish(sums[kValue], sums[kSlope], params);
+        sums[kValue] = finished.value;
+        weight *= Real(finished.factor);
+      }
     }
     if constexpr (kWithout) sums[kValue] += double(params.a) * column.kl;
     if constexpr (!kOnePass<Kind>) {

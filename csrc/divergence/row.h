@@ -12,6 +12,7 @@ template <class Kind, class Real>
 struct DivergenceRow {
   const Problem<Real>& problem;
   const Workspace<Real>& w;
+  const int64_t r;
   KindParams<Real> params;
   Source<Real> student, teacher;
   Normaliser<Real> z_normaliser, t_normaliser;
@@ -29,6 +30,7 @@ struct DivergenceRow {
   DivergenceRow(const Problem<Real>& problem, int64_t r, int64_t next, const Workspace<Real>& w)
       : problem(problem),
         w(w),
+        r(r),
         params(problem.params),
         student(problem.student, r, problem.vocab, w.student),
         teacher(problem.teacher, r, problem.vocab, w.teacher) {
@@ -39,26 +41,16 @@ struct DivergenceRow {
     if constexpr (Kind::kRow == RowNumbers::label)
       student.without = teacher.without = problem.labels[r];
     numbers_of_logits<Kind>(problem, student, teacher, params, means);
-    // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
-    const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
-    const char* next_student = row_of(problem.student.rows, next);
-    z_normaliser = exponentials(student, w.q, w.q_shift, w.student_e, {next_student, line / 2});
-    t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
-                                {next_student + half * element_size(student.dtype), line / 2});
+    if (problem.lse != nullptr) {
+      z_normaliser = known_normaliser(student, problem.lse[r]);
+      t_normaliser = known_normaliser(teacher, problem.lse[problem.rows + r]);
+    } else {
+      normalise(next);
+    }
     touch = {row_of(problem.teacher.rows, next), kLanes * element_size(teacher.dtype)};
     if (teacher.known != nullptr) touch.step = 0;
     numbers_of_probabilities<Kind>(student, z_normaliser, teacher, t_normaliser, w, params, means);
-    // Once a row: the passes must not differ in the last place of delta, or h is not what H is a sum of.
-    scalars = {student.gain,
-               teacher.gain,
-               student.gain / teacher.gain,
-               minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
-               minus_two_part<Real>(z_normaliser.lse),
-               minus_two_part<Real>(t_normaliser.lse),
-               z_normaliser.factor,
-               t_normaliser.factor,
-               minus_two_part<Real>(means[0]),
-               minus_two_part<Real>(means[1])};
+    set_scalars();
     if constexpr (Kind::kRow == RowNumbers::head) set_share_of_tail();
     if constexpr (Kind::kRow == RowNumbers::label) set_label_column();
     const bool same = unchanged.gain == student.gain && student.without < 0;
@@ -74,22 +66,65 @@ struct DivergenceRow {
 
   // Passes 2 and 3.
   void run() {
-    for (int64_t start = 0; start < problem.vocab; start += kBlock) {
+    const bool known_slope = problem.slope != nullptr && !kOnePass<Kind>;
+    for (int64_t start = 0; start < problem.vocab && !known_slope; start += kBlock) {
       pass2(start);
       touch.at += touch.step * (padded(student.columns(start)) / kLanes);
     }
     touch.step = 0;
+    if (problem.lse != nullptr) {  // what belongs to whole rows is somebody else's
+      if (known_slope) return combine_with(problem.slope[r]);
+      if (problem.parts != nullptr)
+        problem.parts[r] = sums.value, problem.parts[problem.rows + r] = sums.slope;
+      return;
+    }
     if constexpr (Kind::kFinish) {
       const Finished finished = Kind::finish(sums.value, sums.slope, params);
       sums.value = finished.value;
       weight *= Real(finished.factor);
     }
     if constexpr (Kind::kRow == RowNumbers::label) sums.value += double(params.a) * column.kl;
-    if (kOnePass<Kind> || gradient == nullptr) return;
-    for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
+    if (!kOnePass<Kind> && gradient != nullptr) combine_with(sums.slope);
   }
 
  private:
+  // The student's next row in two halves, one a side; the teacher's is touched in pass 2.
+  void normalise(int64_t next) {
+    const int64_t line = kLanes * element_size(student.dtype), half = problem.vocab / 2;
+    const char* next_student = row_of(problem.student.rows, next);
+    z_normaliser = exponentials(student, w.q, w.q_shift, w.student_e, {next_student, line / 2});
+    t_normaliser = exponentials(teacher, w.p, w.p_shift, w.teacher_e,
+                                {next_student + half * element_size(student.dtype), line / 2});
+  }
+
+  static Normaliser<Real> known_normaliser(const Source<Real>& source, double lse) {
+    Normaliser<Real> known;
+    known.lse = lse;
+    known.shift = lse > -INFINITY ? Real(lse / double(source.gain)) : Real(0);
+    known.factor = Real(std::exp(source.origin(known.shift) - lse));
+    return known;
+  }
+
+  void set_scalars() {
+    // Once a row: the passes must not differ in the last place of delta, or h is not what H is a sum of.
+    scalars = {student.gain,
+               teacher.gain,
+               student.gain / teacher.gain,
+               minus_two_part<Real>(t_normaliser.lse - z_normaliser.lse),
+               minus_two_part<Real>(z_normaliser.lse),
+               minus_two_part<Real>(t_normaliser.lse),
+               z_normaliser.factor,
+               t_normaliser.factor,
+               minus_two_part<Real>(means[0]),
+               minus_two_part<Real>(means[1])};
+  }
+
+  // Pass 3, with the sum of a row's slopes.
+  void combine_with(double slope) {
+    sums.slope = slope;
+    for (int64_t start = 0; start < problem.vocab; start += kBlock) pass3(start);
+  }
+
   // A teacher that is known at some columns of a row and even elsewhere.
   void spread_teacher(int64_t r) {
     Support<Real> support(problem, r, w);
@@ -209,9 +244,10 @@ struct DivergenceRow {
       sums.student_entropy += fold_sum(s.student_entropy);
       sums.teacher_entropy += fold_sum(s.teacher_entropy);
     }
-    if (gradient == nullptr && !Kind::kFinish) {
+    // A part of a row gives its slopes, too.
+    if (gradient == nullptr && !Kind::kFinish && (kOnePass<Kind> || problem.parts == nullptr)) {
       sums.value += fold_sum(block_value<Kind>(b, params, touch));
-    } else if (Kind::kFinish || problem.value != nullptr) {
+    } else if (Kind::kFinish || problem.value != nullptr || problem.parts != nullptr) {
       add_gradient<true>(b, out);
     } else {
       add_gradient<Kind::kFinish>(b, out);

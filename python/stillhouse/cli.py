@@ -44,6 +44,7 @@ def capture(
     data: str = typer.Option(..., help="as for distill"),
     out: str = typer.Option(..., help="folder for the shards and the manifest"),
     top_k: int = typer.Option(64, help="columns that are stored of each row"),
+    draws: int = typer.Option(0, help="so many of them drawn from all that are not the largest"),
     values: str = typer.Option("fp16", help="log-probabilities as exact, fp16, bf16 or compact"),
     temperature: float = typer.Option(1.0, help="of the softmax that is stored"),
     teacher_dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16"),

@@ -81,7 +81,50 @@ def test_rows_of_any_stride(level):
     assert [tuple(each.shape) for each in empty] == [(0, 6, 7), (0, 6, 7), (0, 6)]
 
 
+@pytest.mark.parametrize("columns", [300, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_have_the_teachers_distribution(columns, temperature, level):
+    """On average each of the others has its probability: chi-squared over 64,000 draws."""
+    logits, rows, draws, k = 3 * torch.randn(columns), 4000, 16, 8
+    x = logits.expand(rows, columns).contiguous()
+    teacher = ops.SparseTeacher.from_logits(x, k=k, draws=draws, temperature=temperature)
+    assert teacher.ids.shape == (rows, k + draws)
+    present = teacher.ids >= 0
+    share = teacher.log_probs.double().exp()
+    torch.testing.assert_close(share.sum(-1), torch.ones_like(share[:, 0]), rtol=0, atol=1e-6)
+    assert (teacher.log_rest == -torch.inf).all()
+    found = torch.zeros(columns, dtype=torch.float64)
+    found.index_add_(0, teacher.ids[present].long(), share[present])
+    want, found = (logits.double() / temperature).softmax(-1), found / rows
+    top = want.topk(k).indices
+    torch.testing.assert_close(found[top], want[top], rtol=1e-5, atol=1e-7)
+    others = torch.ones(columns, dtype=torch.bool).index_fill(0, top, False)
+    rest = want[others].sum()
+    chi = ((found[others] - want[others]) ** 2 / want[others]).sum() / rest * rows * draws
+    freedom = columns - k - 1
+    assert abs(float(chi) - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_draws_of_next_to_nothing(level):
+    x = torch.full((3, 400), -300.0)
+    x[:, 7], x[0, 9], x[1, 300] = 0.0, -2.0, -20.0
+    teacher = ops.SparseTeacher.from_logits(x, k=1, draws=5)
+    assert teacher.ids[0].tolist() == [7, 9, -1, -1, -1, -1]
+    assert teacher.ids[1].tolist() == [7, 300, -1, -1, -1, -1]
+    mass = teacher.log_probs.double().exp().sum(-1) + teacher.log_rest.double().exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
+    whole = ops.SparseTeacher.from_logits(torch.randn(4, 6), k=5, draws=8)
+    assert whole.ids.shape == (4, 6)
+    assert whole.ids.sort(-1).values.tolist() == [[0, 1, 2, 3, 4, 5]] * 4
+    with pytest.raises(ValueError, match="draws must be at least 0"):
+        ops.SparseTeacher.from_logits(x, k=1, draws=-1)
+    with pytest.raises(ValueError, match="come with k alone"):
+        ops.SparseTeacher.from_logits(x, p=0.5, draws=1)
+
+
 def test_the_op_and_its_shapes():
     torch.library.opcheck(torch.ops.stillhouse.largest, (torch.randn(5, 300), 7, 2.0))
+    uniform = torch.rand(5, 3, dtype=torch.float64).sort(-1).values
+    torch.library.opcheck(torch.ops.stillhouse.largest, (torch.randn(5, 300), 7, 2.0, uniform))
     with pytest.raises(RuntimeError, match=r"k must lie in \[1, 300\], got 301"):
         torch.ops.stillhouse.largest(torch.randn(5, 300), 301, 2.0)

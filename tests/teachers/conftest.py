@@ -18,6 +18,7 @@ def schema():
         options = dict(
             vocab_size=300,
             k=6,
+            draws=0,
             values="exact",
             temperature=1.0,
             max_length=16,

@@ -168,10 +168,15 @@ def no_second_derivative(ctx, *upstream):
     raise RuntimeError("the gradient of a divergence has no gradient of its own: second derivative")
 
 
-def _fake_largest(logits, k, temperature):
+def _fake_largest(logits, k, temperature, uniform=None):
     rows, wide = len(logits), torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ids = logits.new_empty((rows, k), dtype=torch.int32)
-    return ids, logits.new_empty((rows, k), dtype=wide), logits.new_empty(rows, dtype=wide)
+    log_probs, log_rest = (
+        logits.new_empty((rows, k), dtype=wide),
+        logits.new_empty(rows, dtype=wide),
+    )
+    drawn = (rows, 0 if uniform is None else uniform.shape[1])
+    ids, drawn = (logits.new_empty(shape, dtype=torch.int32) for shape in ((rows, k), drawn))
+    return ids, log_probs, log_rest, drawn
 
 
 def register(namespace: str) -> None:
@@ -184,6 +189,10 @@ def register(namespace: str) -> None:
         "row_state": lambda student, teacher, numbers, mask: student.new_empty(
             (6, *student.shape[:-1]), dtype=torch.float64
         ),
+        "divergence_part": lambda student, *rest: student.new_empty(
+            (2, *student.shape[:-1]), dtype=torch.float64
+        ),
+        "divergence_part_gradient": lambda student, *rest: student.new_empty(student.shape),
         "largest": _fake_largest,
         "scale_": lambda gradient, upstream: None,
     }

@@ -139,11 +139,18 @@ class SparseTeacher:
         p: float | None = None,
         temperature: float = 1.0,
         tail: str = "bucket",
+        draws: int = 0,
+        generator: torch.Generator | None = None,
     ) -> SparseTeacher:
         """The k largest probabilities of each row of `logits` [..., V], or as many of the largest
         as reach the mass `p` (and at most k, if both are given). No gradient flows to the logits.
 
-        Raises ValueError unless k in [1, V] or p in (0, 1] is given.
+        With `draws` and a k, so many draws from all other columns besides, with replacement: of
+        what these have together each column gets the share that it was drawn, so nothing is left
+        to the tail. Like `sample` an unbiased estimate of the teacher, and less noisy: what is
+        certain is not drawn.
+
+        Raises ValueError unless k in [1, V] or p in (0, 1] is given, and for draws < 0 or with p.
         """
         _check_logits(logits, temperature)
         columns = logits.shape[-1]
@@ -153,8 +160,12 @@ class SparseTeacher:
             raise ValueError(f"k must lie in [1, {columns}], got {k}")
         if p is not None and not 0 < p <= 1:
             raise ValueError(f"p must lie in (0, 1], got {p}")
+        if draws < 0 or (draws > 0 and p is not None):
+            raise ValueError(f"draws must be at least 0, and come with k alone, got {draws}")
         rows = logits.detach().reshape(-1, columns)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if draws > 0:
+            return _with_draws(cls, rows, logits.shape[:-1], k, draws, temperature, tail, generator)
         parts = [
             _largest(part, columns if k is None else k, p, temperature)
             for part in rows.split(max(1, _ELEMENTS // columns))
@@ -201,15 +212,10 @@ class SparseTeacher:
             )
             for part in rows.split(max(1, _ELEMENTS // columns))
         ]
-        ids = torch.cat(parts or [rows.new_empty(0, draws, dtype=torch.int64)]).sort(-1).values
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        place = first.cumsum(-1) - 1
-        count = torch.zeros_like(ids, dtype=torch.float32)
-        count.scatter_add_(-1, place, torch.ones_like(count))
-        unique = torch.full_like(ids, -1).scatter(-1, place, ids)
-        width = int(first.sum(-1).max()) if ids.numel() else 1
-        ids, log_probs = unique[:, :width], (count[:, :width] / draws).log()
+        ids = torch.cat(parts or [rows.new_empty(0, draws, dtype=torch.int64)])
+        ids, log_probs = _counted(ids)
+        width = max(1, int((ids >= 0).sum(-1).max())) if ids.numel() else 1
+        ids, log_probs = ids[:, :width], log_probs[:, :width].float()
         shape = (*shape, width)
         return cls(
             ids.int().view(shape),
@@ -274,7 +280,7 @@ def _largest(
     """ids and log-probabilities [n, <= k] of the largest columns of each row, of `p` as many as it
     takes, and the log mass of the others [n, 1]."""
     if p is None:
-        return _largest_k(logits, k, temperature)
+        return _largest_k(logits, k, temperature)[:3]
     x = logits.double() / temperature
     log_sum = x.logsumexp(-1, keepdim=True)
     count = min(k, 64)
@@ -297,17 +303,81 @@ def _largest(
     return ids, log_probs, others.logsumexp(-1, keepdim=True) - log_sum
 
 
-def _largest_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a k; on the CPU by a kernel: a capture is not to cost what a teacher does."""
+def _largest_k(
+    logits: Tensor, k: int, temperature: float, uniform: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The same for a k; on the CPU by a kernel: a capture is not to cost what a teacher does. With
+    ascending numbers `uniform` [n, d] in [0, 1) a fourth, d of the other columns, drawn."""
     if logits.is_cpu:
-        ids, log_probs, log_rest = torch.ops.stillhouse.largest(logits, k, float(temperature))
-        return ids, log_probs, log_rest[:, None]
+        ids, log_probs, log_rest, drawn = torch.ops.stillhouse.largest(
+            logits, k, float(temperature), uniform
+        )
+        return ids, log_probs, log_rest[:, None], drawn
     ids = logits.topk(k, -1).indices
     x = logits.double() / temperature
     known, others = x.gather(-1, ids), x.scatter_(-1, ids, -torch.inf)
     log_rest = others.logsumexp(-1, keepdim=True)
     log_sum = torch.logaddexp(known.logsumexp(-1, keepdim=True), log_rest)
-    return ids, known - log_sum, log_rest - log_sum
+    drawn = ids[:, :0]
+    if uniform is not None:
+        upto = (others - log_rest).exp().cumsum(-1)
+        drawn = torch.searchsorted(upto, uniform * upto[:, -1:], right=True)
+        drawn = torch.where(log_rest > -torch.inf, drawn.clamp(max=x.shape[-1] - 1), -1)
+    return ids, known - log_sum, log_rest - log_sum, drawn
+
+
+def _with_draws(
+    cls: type[SparseTeacher],
+    rows: Tensor,
+    shape: torch.Size,
+    k: int,
+    draws: int,
+    temperature: float,
+    tail: str,
+    generator: torch.Generator | None,
+) -> SparseTeacher:
+    device = rows.device if generator is None else generator.device
+    uniform = torch.rand(len(rows), draws, dtype=torch.float64, device=device, generator=generator)
+    uniform = uniform.sort(-1).values.to(rows.device)
+    step = max(1, _ELEMENTS // rows.shape[-1])
+    parts = [
+        _largest_k(part, k, temperature, of_part)
+        for part, of_part in zip(rows.split(step), uniform.split(step), strict=True)
+    ]
+    ids, log_probs, log_rest, drawn = (torch.cat(each) for each in zip(*parts, strict=True))
+    drawn, log_share = _counted(drawn)
+    # What is left to the others where nothing could be drawn, their mass being next to nothing.
+    some = drawn[:, :1] >= 0
+    ids = torch.cat([ids.int(), drawn], -1)
+    log_probs = torch.cat([log_probs, log_rest + log_share.to(log_rest.dtype)], -1)
+    rest = torch.where(some, -torch.inf, log_rest)[:, 0]
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    columns = rows.shape[-1]
+    if ids.shape[-1] > columns:  # more than there are, but not in any row
+        log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
+        ids, log_probs = ids.gather(-1, order)[:, :columns], log_probs[:, :columns]
+    width = ids.shape[-1]
+    return cls(
+        ids.view(*shape, width),
+        log_probs.to(wide).view(*shape, width),
+        columns,
+        temperature,
+        tail,
+        rest.to(wide).view(shape),
+        _trusted=True,
+    )
+
+
+def _counted(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [n, d] of draws, -1 for none, each once with the logarithm of its share of the d; the
+    places that this leaves empty at the end, -1 and -inf."""
+    ids, draws = drawn.int().sort(-1).values, drawn.shape[-1]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = first.cumsum(-1) - 1
+    count = torch.zeros_like(ids, dtype=torch.float64).scatter_add_(-1, place, (ids >= 0).double())
+    unique = torch.full_like(ids, -1).scatter(-1, place, ids)
+    return unique, (count / draws).log()
 
 
 def _widened(x: Tensor, width: int, fill: float) -> Tensor:

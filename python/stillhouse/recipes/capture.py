@@ -43,6 +43,7 @@ class CaptureArguments:
     data: str
     out: str
     top_k: int = 64
+    draws: int = 0
     values: str = "fp16"
     temperature: float = 1.0
     teacher_dtype: str = "auto"
@@ -114,6 +115,10 @@ def _check(arguments: CaptureArguments) -> None:
         if getattr(arguments, name) < 1:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be at least 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.draws < arguments.top_k:
+        raise UsageError(
+            f"--draws {arguments.draws} are taken out of --top-k {arguments.top_k}: fewer are left"
+        )
     if not 0 < arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be positive, got {arguments.temperature}")
 
@@ -167,6 +172,7 @@ class _Job:
         self.schema = Schema(
             vocab_size=self.columns,
             k=arguments.top_k,
+            draws=arguments.draws,
             values=arguments.values,
             temperature=float(arguments.temperature),
             max_length=arguments.max_length,
@@ -183,7 +189,8 @@ class _Job:
         self.teacher = FrozenTeacher(model.to(self.device))
         self.counts = [int(each.loss_mask[1:].sum()) for each in self.examples]
         self.seconds = {"forward": 0.0, "selection": 0.0, "writing": 0.0}
-        self.rows, self.mass = 0, torch.zeros(arguments.top_k, dtype=torch.float64)
+        self.largest = arguments.top_k - arguments.draws
+        self.rows, self.mass = 0, torch.zeros(self.largest, dtype=torch.float64)
 
     def plan(self) -> list[Part]:
         """Examples in their order, a shard being full with the example that reaches its size."""
@@ -225,12 +232,17 @@ class _Job:
         batch = collate(self.examples[first:last], padding=self.tokenizer.pad_token_id or 0)
         batch = {name: each.to(self.device) for name, each in batch.items()}
         rows = self.teacher(batch, supervised_rows(batch["labels"]))
-        parts = []
+        # Draws depend on the examples alone, too.
+        generator, parts = torch.Generator().manual_seed(first), []
         for start in range(0, len(rows), ROWS):
             logits = rows.part(slice(start, start + ROWS)).logits[:, : self.columns]
             since = self._spent("forward", since)
             top = ops.SparseTeacher.from_logits(
-                logits, k=self.arguments.top_k, temperature=self.arguments.temperature
+                logits,
+                k=self.largest,
+                draws=self.arguments.draws,
+                temperature=self.arguments.temperature,
+                generator=generator,
             )
             parts.append([each.cpu() for each in (top.ids, top.log_probs, top.log_rest)])
             since = self._spent("selection", since)
@@ -242,7 +254,7 @@ class _Job:
         # A column without probability is as good as one that is not known.
         ids = torch.where(log_probs > -torch.inf, ids, -1)
         self.rows += len(ids)
-        self.mass += log_probs.double().exp().cumsum(-1).sum(0)
+        self.mass += log_probs[:, : self.largest].double().exp().cumsum(-1).sum(0)
         counts = self.counts[first:last]
         split = (each.split(counts) for each in (ids, log_probs, log_rest))
         return [StoredRows(*each) for each in zip(*split, strict=True)]

@@ -40,6 +40,7 @@ class Schema:
 
     vocab_size: int
     k: int
+    draws: int  # of the k columns, the last ones: drawn from all but the largest k - draws
     values: str  # of packing.VALUES
     temperature: float  # of the softmax that the log-probabilities are of
     max_length: int  # tokens of the longest example
@@ -60,6 +61,8 @@ class Schema:
                 raise ShardError(f"{each.name} must be {each.type}, got {value!r:.60}")
         if not 1 <= self.vocab_size < 2**packing.MOST_BITS or not 1 <= self.k <= self.vocab_size:
             raise ShardError(f"k = {self.k} of {self.vocab_size} columns cannot be")
+        if not 0 <= self.draws < self.k:
+            raise ShardError(f"{self.draws} draws among {self.k} columns cannot be")
         if self.values not in packing.VALUES:
             known = ", ".join(packing.VALUES)
             raise ShardError(f"values must be one of {known}, got {self.values!r:.60}")
