@@ -111,6 +111,27 @@ def test_shards_are_what_the_teacher_says(world, tokenizer, capsys, values):
     assert capture(arguments(world, values=values, temperature=2.0)) is None  # all there
 
 
+def test_draws_leave_nothing_to_the_tail(world):
+    """Of each row the four largest and four draws of the others; the same in parts as in one."""
+    capture(arguments(world, draws=4, values="exact"))
+    capture(arguments(world, values="exact", out=str(world / "plain")))
+    shards, plain = TeacherShards(world / "shards"), TeacherShards(world / "plain")
+    assert (shards.schema.k, shards.schema.draws) == (8, 4)
+    for number in (0, 5):
+        drawn, largest = shards.rows(number), plain.rows(number)
+        assert torch.equal(drawn.ids[:, :4], largest.ids[:, :4])
+        assert (drawn.log_rest == -torch.inf).all()
+        mass = drawn.log_probs.double().exp().sum(-1)
+        torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
+        columns = [row[row >= 0].tolist() for row in drawn.ids]
+        assert all(len(set(row)) == len(row) for row in columns)
+    for part in ("1/2", "2/2"):
+        capture(arguments(world, draws=4, values="exact", out=str(world / "parts"), part=part))
+    assert content(world / "parts") == content(world / "shards")
+    report = distillation.distill(*parse(distill_words(world)))
+    assert report.values["perplexity"]["student"] > 1
+
+
 def losses(report):
     (series,) = report.curves["loss"]["series"].values()
     return series[1]
@@ -204,6 +225,7 @@ def test_a_torn_shard_is_an_error_before_the_first_step(world):
     [
         (dict(top_k=0), UsageError, "--top-k must be at least 1"),
         (dict(top_k=260), UsageError, "--top-k 260 is more than 259 columns"),
+        (dict(draws=8), UsageError, "--draws 8 are taken out of --top-k 8"),
         (dict(values="fp8"), UsageError, "--values must be one of"),
         (dict(temperature=0), UsageError, "--temperature must be positive"),
         (dict(part="3/2"), UsageError, "expected --part 1/4"),
