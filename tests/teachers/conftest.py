@@ -41,14 +41,15 @@ def stored(schema):
     """stored(folder, **changes): writes a capture of random logits; returns their rows by example,
     as `ops.SparseTeacher.from_logits` has them."""
 
-    def make(folder, counts=(3, 0, 4, 1, 2), per_shard=2, seed=0, **changes):
-        chosen = schema(examples=len(counts), **changes)
+    def make(folder, counts=(3, 0, 4, 1, 2), per_shard=2, seed=0, times=1, **changes):
+        chosen = schema(examples=times * len(counts), **changes)
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for count in counts:
             logits = 4 * torch.randn(count, chosen.vocab_size, generator=generator)
             top = ops.SparseTeacher.from_logits(logits, k=chosen.k, temperature=chosen.temperature)
             rows.append(StoredRows(top.ids, top.log_probs, top.log_rest))
+        rows, counts = times * rows, times * counts
         folder.mkdir(parents=True, exist_ok=True)
         parts = []
         for first in range(0, len(counts), per_shard):
