@@ -161,8 +161,32 @@ def step(rows: list[dict]) -> list[str]:
     return markdown([*header, "extra MiB before", "now"], body)
 
 
+def shards(rows: list[dict]) -> list[str]:
+    """What it costs to read a stored teacher, and to write one beside the teacher's forward."""
+    sys.path.insert(0, str(README.parent))
+    from bench.grid import Cell
+    from bench.shards import CAPTURE, DECODE, row_bytes
+
+    body = []
+    for (form, kind, count, columns), cell in by_cell(
+        rows, "form", "kind", "rows", "columns"
+    ).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        size = rate = ""
+        if form == DECODE:
+            size = row_bytes(Cell("shards", kind, form, "fp32", int(count), int(columns)))
+            rate = f"{size * int(count) / ms[OURS] / 1e3:.0f}"
+        over = f"{ms[OURS] / ms[FLOOR]:.2f}" if form == CAPTURE else ""
+        body.append([form, kind, str(count), f"{ms[OURS]:.3g}", str(size), rate, over])
+    header = ["", "values", "rows", "ms", "bytes a row", "MB/s of one thread"]
+    return markdown([*header, "over the forward alone"], body)
+
+
 FAMILIES = {
     "step": step,
+    "shards": shards,
     "kinds": against(("eager",), "forward_kl"),
     "sparse": against(("eager",), "dense"),
     "linear": linear,
