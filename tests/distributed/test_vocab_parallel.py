@@ -169,3 +169,15 @@ def test_kinds_that_look_at_whole_rows(kind):
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         vocab_parallel_divergence(*arguments)
+
+
+def test_a_second_derivative_raises(tmp_path):
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    try:
+        z, t = (x.clone() for x in logits(torch.float32))
+        value = vocab_parallel_divergence(z.requires_grad_(), t, "jsd")
+        (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            (gradient.square().sum() + z.sum()).backward()
+    finally:
+        dist.destroy_process_group()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillhouse.ops import divergence_autograd
 from stillhouse.ops.divergence_arguments import Call, Number, check_call, check_rows
-from stillhouse.ops.kinds import DKD, TAID, Kind, LogAcceptance, Renyi, as_kind
+from stillhouse.ops.kinds import Kind, LogAcceptance, Renyi, as_kind
 from stillhouse.ops.row_state import RowState, merge_row_states
 
 # Kinds whose terms depend on a column's two probabilities alone.
@@ -97,7 +97,7 @@ def vocab_parallel_divergence_loss(
 
 def _check(student: Tensor, teacher: Tensor, kind: str | Kind, options: tuple) -> Call:
     kind = as_kind(kind)
-    if kind.kernel_number not in _SPLIT or isinstance(kind, (TAID, DKD)):
+    if kind.kernel_number not in _SPLIT:
         raise ValueError(
             f"{type(kind).__name__} cannot be split over the vocabulary: it looks at whole rows"
         )
@@ -128,18 +128,16 @@ class _VocabParallel(torch.autograd.Function):
         dist.all_reduce(sums, group=group)
         value, slope = sums
         value, factor = _finish(call.kind, value, slope)
-        ctx.save_for_backward(student, teacher, lse, slope, factor)
+        ctx.save_for_backward(logits, teacher, lse, slope, factor)
         ctx.numbers, ctx.number = call.numbers, number
         return (value * float(call.numbers[-1])).to(call.result)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[None, None, Tensor]:
-        student, teacher, lse, slope, factor = ctx.saved_tensors
-        if torch.is_grad_enabled() and upstream.requires_grad:
-            divergence_autograd.no_second_derivative(ctx)
+        logits, teacher, lse, slope, factor = ctx.saved_tensors
         weight = (upstream.double() * factor).to(upstream.dtype)
         op = divergence_autograd.kernels().divergence_part_gradient
-        return None, None, op(student, teacher, ctx.numbers, lse, slope, weight, ctx.number)
+        return None, None, op(logits, teacher, ctx.numbers, lse, slope, weight, ctx.number)
 
 
 def _gather(own: RowState, group: dist.ProcessGroup | None) -> list[RowState]:
@@ -163,6 +161,3 @@ def _finish(kind: Kind, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         log_power = torch.where(near, torch.log1p(change.clamp(min=-0.5)), power.log())
         return log_power / (a - 1), a / torch.where(near, 1 + change, power)
     return value, torch.ones_like(value)
-
-
-__all__ = ["vocab_parallel_divergence", "vocab_parallel_divergence_loss"]

@@ -201,6 +201,7 @@ def register(namespace: str) -> None:
     autograd = torch.library.register_autograd
     autograd(f"{namespace}::divergence", _backward, setup_context=_setup)
     autograd(f"{namespace}::divergence_gradient", no_second_derivative)
+    autograd(f"{namespace}::divergence_part_gradient", no_second_derivative)
 
 
 register("stillhouse")

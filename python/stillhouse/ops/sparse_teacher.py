@@ -164,19 +164,26 @@ class SparseTeacher:
             raise ValueError(f"draws must be at least 0, and come with k alone, got {draws}")
         rows = logits.detach().reshape(-1, columns)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        uniform = rows.new_empty((len(rows), 0), dtype=torch.float64)
         if draws > 0:
-            return _with_draws(cls, rows, logits.shape[:-1], k, draws, temperature, tail, generator)
+            device = rows.device if generator is None else generator.device
+            numbers = {"dtype": torch.float64, "device": device, "generator": generator}
+            uniform = torch.rand(len(rows), draws, **numbers).sort(-1).values.to(rows.device)
+        step = max(1, _ELEMENTS // columns)
         parts = [
-            _largest(part, columns if k is None else k, p, temperature)
-            for part in rows.split(max(1, _ELEMENTS // columns))
+            _largest(part, columns if k is None else k, p, temperature, of_part)
+            for part, of_part in zip(rows.split(step), uniform.split(step), strict=True)
         ]
-        width = max(ids.shape[-1] for ids, _, _ in parts)
-        ids = torch.cat([_widened(part[0], width, -1) for part in parts])
+        width = max(part[0].shape[-1] for part in parts)
+        ids = torch.cat([_widened(part[0], width, -1) for part in parts]).int()
         log_probs = torch.cat([_widened(part[1], width, -torch.inf) for part in parts])
         log_rest = torch.cat([part[2] for part in parts])
-        shape = logits.shape[:-1]
+        if draws > 0:
+            drawn = torch.cat([part[3] for part in parts])
+            ids, log_probs, log_rest = _with_draws(ids, log_probs, log_rest, drawn, columns)
+        shape, width = logits.shape[:-1], ids.shape[-1]
         return cls(
-            ids.int().view(*shape, width),
+            ids.view(*shape, width),
             log_probs.to(wide).view(*shape, width),
             columns,
             temperature,
@@ -275,12 +282,12 @@ def _check_logits(logits: Tensor, temperature: float) -> None:
 
 
 def _largest(
-    logits: Tensor, k: int, p: float | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, k: int, p: float | None, temperature: float, uniform: Tensor
+) -> tuple[Tensor, ...]:
     """ids and log-probabilities [n, <= k] of the largest columns of each row, of `p` as many as it
     takes, and the log mass of the others [n, 1]."""
     if p is None:
-        return _largest_k(logits, k, temperature)[:3]
+        return _largest_k(logits, k, temperature, uniform)
     x = logits.double() / temperature
     log_sum = x.logsumexp(-1, keepdim=True)
     count = min(k, 64)
@@ -303,9 +310,7 @@ def _largest(
     return ids, log_probs, others.logsumexp(-1, keepdim=True) - log_sum
 
 
-def _largest_k(
-    logits: Tensor, k: int, temperature: float, uniform: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _largest_k(logits: Tensor, k: int, temperature: float, uniform: Tensor) -> tuple[Tensor, ...]:
     """The same for a k; on the CPU by a kernel: a capture is not to cost what a teacher does. With
     ascending numbers `uniform` [n, d] in [0, 1) a fourth, d of the other columns, drawn."""
     if logits.is_cpu:
@@ -319,7 +324,7 @@ def _largest_k(
     log_rest = others.logsumexp(-1, keepdim=True)
     log_sum = torch.logaddexp(known.logsumexp(-1, keepdim=True), log_rest)
     drawn = ids[:, :0]
-    if uniform is not None:
+    if uniform.shape[-1] > 0:
         upto = (others - log_rest).exp().cumsum(-1)
         drawn = torch.searchsorted(upto, uniform * upto[:, -1:], right=True)
         drawn = torch.where(log_rest > -torch.inf, drawn.clamp(max=x.shape[-1] - 1), -1)
@@ -327,45 +332,18 @@ def _largest_k(
 
 
 def _with_draws(
-    cls: type[SparseTeacher],
-    rows: Tensor,
-    shape: torch.Size,
-    k: int,
-    draws: int,
-    temperature: float,
-    tail: str,
-    generator: torch.Generator | None,
-) -> SparseTeacher:
-    device = rows.device if generator is None else generator.device
-    uniform = torch.rand(len(rows), draws, dtype=torch.float64, device=device, generator=generator)
-    uniform = uniform.sort(-1).values.to(rows.device)
-    step = max(1, _ELEMENTS // rows.shape[-1])
-    parts = [
-        _largest_k(part, k, temperature, of_part)
-        for part, of_part in zip(rows.split(step), uniform.split(step), strict=True)
-    ]
-    ids, log_probs, log_rest, drawn = (torch.cat(each) for each in zip(*parts, strict=True))
+    ids: Tensor, log_probs: Tensor, log_rest: Tensor, drawn: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, log_probs and log_rest with what the others have shared out to the drawn ones."""
     drawn, log_share = _counted(drawn)
     # What is left to the others where nothing could be drawn, their mass being next to nothing.
-    some = drawn[:, :1] >= 0
-    ids = torch.cat([ids.int(), drawn], -1)
+    rest = torch.where(drawn[:, :1] >= 0, -torch.inf, log_rest)
+    ids = torch.cat([ids, drawn], -1)
     log_probs = torch.cat([log_probs, log_rest + log_share.to(log_rest.dtype)], -1)
-    rest = torch.where(some, -torch.inf, log_rest)[:, 0]
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    columns = rows.shape[-1]
     if ids.shape[-1] > columns:  # more than there are, but not in any row
         log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
         ids, log_probs = ids.gather(-1, order)[:, :columns], log_probs[:, :columns]
-    width = ids.shape[-1]
-    return cls(
-        ids.view(*shape, width),
-        log_probs.to(wide).view(*shape, width),
-        columns,
-        temperature,
-        tail,
-        rest.to(wide).view(shape),
-        _trusted=True,
-    )
+    return ids, log_probs, rest
 
 
 def _counted(drawn: Tensor) -> tuple[Tensor, Tensor]:

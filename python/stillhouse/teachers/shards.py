@@ -88,7 +88,7 @@ class ShardFiles:
     def __init__(self, folder: Path, schema: Schema, parts: Sequence[Part]):
         self.folder, self.schema, self.parts = folder, schema, list(parts)
         self._starts = [each.first for each in self.parts]
-        self._indices: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._indices: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -123,8 +123,8 @@ class ShardFiles:
             self._read(example)
         del self._indices[part.number]
 
-    def _index(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """first_row and crc32 of a shard."""
+    def _index(self, part: Part) -> tuple[np.ndarray, np.ndarray, int]:
+        """first_row and crc32 of a shard, and where its rows begin."""
         found = self._indices.get(part.number)
         if found is None:
             examples = part.last - part.first
@@ -133,7 +133,7 @@ class ShardFiles:
             first, sums = table[: examples + 1], table[examples + 1 :]
             if first[0] != 0 or first[-1] != part.rows or (np.diff(first) < 0).any():
                 raise ShardError(f"{self.folder / part.name} is damaged: rows out of order")
-            found = self._indices[part.number] = first, sums
+            found = self._indices[part.number] = first, sums, start + size
         return found
 
     def _read(self, example: int) -> dict[str, bytes]:
@@ -141,10 +141,9 @@ class ShardFiles:
         if not 0 <= example < len(self):
             raise IndexError(f"example {example} of {len(self)}")
         part = self.parts[bisect_right(self._starts, example) - 1]
-        first, sums = self._index(part)
+        first, sums, offset = self._index(part)
         at = example - part.first
         begin, end = int(first[at]), int(first[at + 1])
-        offset = file_bytes(self.schema, part) - part.rows * self.schema.row_bytes
         names, places = [], []
         for name, width, size in columns_of(self.schema):
             names.append(name)
