@@ -104,34 +104,42 @@ Real collect(int64_t n, const Real* x, Real bound, Real gain2, int64_t start, in
 }
 
 // The columns that the draws of a row fall on, of those that are not among the first k candidates: the
-// other candidates, then block by block, 32 columns by 32. rest: what they have together, relative to the
-// bound; block_sums: what is below the bound in each block.
+// other candidates, then block by block, 32 columns by 32. Masses are relative to `shift`, the bound
+// where there is one; block_sums: what is below it in each block.
 template <class Real>
 struct Draws {
   const LargestProblem& p;
   const LargestScratch<Real>& w;
   Source<Real>& source;
   const int64_t r;
-  const Real bound, gain2;
-  const double rest;
+  const Real shift, gain2;
+  const int64_t found;
   double passed = 0;
   int64_t next = 0;
+  double rest = 0;  // of all of them; a number below 1 times it is below it
 
+  double mass_of(Real x) const {
+    return x > -INFINITY ? double(fast_exp2((x - shift) * gain2)) : 0.;
+  }
   bool falls_within(double mass) const {
     return next < p.draws && p.uniform[r * p.draws + next] * rest < passed + mass;
   }
   void take(int64_t column) { p.drawn[r * p.draws + next++] = int32_t(column); }
 
-  void from_candidates(int64_t found) {
+  // Adds up what it will pass, in the same order, so that no number is left over in the end.
+  void all() {
+    const int64_t blocks = (p.vocab + kBlock - 1) / kBlock;
+    for (int64_t i = p.k; i < found; ++i) rest += mass_of(w.candidates[i].x);
+    for (int64_t b = 0; b < blocks; ++b) rest += double(w.block_sums[b]);
     for (int64_t i = p.k; i < found; ++i) {
-      const Candidate<Real>& c = w.candidates[i];
-      if (!(c.x > -INFINITY)) continue;
-      const double mass = double(fast_exp2((c.x - bound) * gain2));
-      while (falls_within(mass)) take(c.column);
+      const double mass = mass_of(w.candidates[i].x);
+      while (falls_within(mass)) take(w.candidates[i].column);
       passed += mass;
     }
+    for (int64_t b = 0; b < blocks; ++b) from_block(b * kBlock, double(w.block_sums[b]));
   }
 
+ private:
   void from_block(int64_t start, double sum) {
     if (!falls_within(sum)) {
       passed += sum;
@@ -143,15 +151,15 @@ struct Draws {
     int64_t group = -1;  // the last one with any mass
     for (int64_t j = 0; j < columns; j += kLanes) {
       Candidate<Real>* unused = w.candidates + p.vocab;
-      const double of_lanes = double(collect(kLanes, x + j, bound, gain2, j, 0, unused));
+      const double of_lanes = double(collect(kLanes, x + j, shift, gain2, j, 0, unused));
       if (of_lanes > 0) group = j;
       if (!falls_within(of_lanes)) {
         passed += of_lanes;
         continue;
       }
       for (int64_t i = j; i < j + kLanes && i < columns; ++i) {
-        if (!(x[i] < bound && x[i] > -INFINITY)) continue;
-        const double mass = double(fast_exp2((x[i] - bound) * gain2));
+        if (!(x[i] < shift)) continue;
+        const double mass = mass_of(x[i]);
         while (falls_within(mass)) take(start + i);
         passed += mass;
       }
@@ -160,13 +168,8 @@ struct Draws {
     // Sums in another order differ in their last places: what they leave over.
     int64_t last = -1;
     for (int64_t i = group; group >= 0 && i < group + kLanes && i < columns; ++i)
-      if (x[i] < bound && x[i] > -INFINITY) last = start + i;
+      if (x[i] < shift && x[i] > -INFINITY) last = start + i;
     while (last >= 0 && falls_within(0)) take(last);
-  }
-
-  // What rounding has left over.
-  void finish(int64_t column) {
-    while (next < p.draws) take(column);
   }
 };
 
@@ -208,13 +211,7 @@ void largest_of_row(const LargestProblem& p, int64_t r, const LargestScratch<Rea
     if (left.x > -INFINITY) rest += mass(left.x);
   });
   for (int64_t i = 0; i < p.draws; ++i) p.drawn[r * p.draws + i] = -1;
-  if (p.draws > 0 && rest > 1e-30 && shift == bound) {
-    Draws<Real> draws{p, w, source, r, bound, gain2, rest};
-    draws.from_candidates(found);
-    for (int64_t start = 0; start < p.vocab; start += kBlock)
-      draws.from_block(start, double(w.block_sums[start / kBlock]));
-    if (draws.next > 0) draws.finish(p.drawn[r * p.draws + draws.next - 1]);
-  }
+  if (p.draws > 0 && rest > 1e-30) Draws<Real>{p, w, source, r, shift, gain2, found}.all();
   if (!(rest > 1e-30) && found < p.vocab && rest == rest) {
     // So far below the bound that nothing is left: once more, relative to their own maximum.
     Real top = -INFINITY;

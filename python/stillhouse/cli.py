@@ -38,7 +38,11 @@ def distill(context: typer.Context) -> None:
     raise typer.Exit(job.main(context.args))
 
 
-@app.command(help="Store the top of a teacher's distribution: distill --teacher-shards reads it.")
+@app.command(
+    help="Store the top of a teacher's distribution: distill --teacher-shards reads it.",
+    # --top_k as well, as distill takes both.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
 def capture(
     teacher: str = typer.Option(..., help="hub id, folder, .gguf file, or smollm2"),
     data: str = typer.Option(..., help="as for distill"),

@@ -81,11 +81,12 @@ def test_rows_of_any_stride(level):
     assert [tuple(each.shape) for each in empty] == [(0, 6, 7), (0, 6, 7), (0, 6)]
 
 
-@pytest.mark.parametrize("columns", [300, 5000])
+# A row of 300 columns has 32 maxima, one of 5,000 has 96: with a larger k all are candidates.
+@pytest.mark.parametrize(("columns", "k"), [(300, 8), (300, 40), (5000, 8), (5000, 96), (5000, 97)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_draws_have_the_teachers_distribution(columns, temperature, level):
+def test_draws_have_the_teachers_distribution(columns, k, temperature, level):
     """On average each of the others has its probability: chi-squared over 64,000 draws."""
-    logits, rows, draws, k = 3 * torch.randn(columns), 4000, 16, 8
+    logits, rows, draws = 3 * torch.randn(columns), 4000, 16
     x = logits.expand(rows, columns).contiguous()
     teacher = ops.SparseTeacher.from_logits(x, k=k, draws=draws, temperature=temperature)
     assert teacher.ids.shape == (rows, k + draws)
@@ -107,6 +108,19 @@ def test_draws_have_the_teachers_distribution(columns, temperature, level):
     seen = torch.cat([seen[often], seen[~often].sum()[None]])
     chi = float(((seen - expected) ** 2 / expected.clamp(min=1)).sum())
     assert abs(chi - len(expected)) < 5 * (2 * len(expected)) ** 0.5
+
+
+@pytest.mark.parametrize("columns", [200, 5000])
+def test_no_draw_is_left_over(columns, level):
+    """The largest number below 1 falls on a column, too, whatever is rounded on the way."""
+    if level == "cuda":
+        pytest.skip("the kernel is the CPU's")
+    x = 3 * torch.randn(500, columns)
+    uniform = torch.full((500, 1), 1 - 2.0**-53, dtype=torch.float64)
+    for k in (1, 33, 97):
+        ids, _, _, drawn = torch.ops.stillhouse.largest(x, k, 1.3, uniform)
+        assert drawn.min() >= 0
+        assert not (ids == drawn).any()
 
 
 def test_draws_of_next_to_nothing(level):

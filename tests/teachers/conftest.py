@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stillhouse import ops
-from stillhouse.teachers import StoredRows
+from stillhouse.teachers import StoredRows, TeacherShards
 from stillhouse.teachers.shard_format import Part, Schema, write_manifest
 from stillhouse.teachers.shards import write_shard
 
@@ -59,5 +59,21 @@ def stored(schema):
         (folder / "manifest.json").unlink(missing_ok=True)
         write_manifest(folder, chosen, parts)
         return rows
+
+    return make
+
+
+@pytest.fixture
+def write_one(schema):
+    """write_one(folder, rows, **changes): the capture of a single example."""
+
+    def make(folder, rows, **changes):
+        count, k = rows.ids.shape
+        chosen = schema(k=k, examples=1, max_length=count + 1, **changes)
+        part = Part(0, 0, 1, count)
+        write_shard(folder, chosen, part, [rows])
+        (folder / "manifest.json").unlink(missing_ok=True)
+        assert write_manifest(folder, chosen, [part])
+        return TeacherShards(folder)
 
     return make

@@ -59,6 +59,6 @@ def test_the_bound_of_compact_values_holds_and_is_tight():
     bound = bound.expand_as(codes)[there] + 2e-7 * x[there].abs().double()  # float32's own
     assert bool((error <= bound).all())
     assert float((error / bound).max()) > 0.9
-    # The upper half of the range by value has codes up to 180, and a thousandth of it.
+    # The upper half of the range by value has codes up to 180, which are within this of it.
     assert packing.compact_error(180, 1.0) < 0.0028
     assert packing.compact_error(0, 1.0) < 4e-6

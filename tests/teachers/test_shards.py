@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from stillhouse import ops
-from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards, packing
+from stillhouse.teachers import (
+    ShardError,
+    StoredExamples,
+    StoredRows,
+    StoredTeacher,
+    TeacherShards,
+    packing,
+)
+from stillhouse.teachers.shard_format import columns_of, write_manifest
 from stillhouse.train.examples import Example, collate
 
 VALUES = tuple(packing.VALUES)
@@ -42,21 +50,42 @@ def test_what_was_stored_comes_back(tmp_path, stored, values, vocab_size):
         assert teacher.to_dense().shape == (len(want.ids), vocab_size)
 
 
-def test_columns_that_are_none(tmp_path, schema):
-    from stillhouse.teachers import StoredRows
-    from stillhouse.teachers.shard_format import Part, write_manifest
-    from stillhouse.teachers.shards import write_shard
+@pytest.mark.parametrize("values", VALUES)
+def test_the_bounds_of_the_page_hold_for_what_is_read(tmp_path, write_one, values):
+    """e + ln sum p exp(e): of the stored value and, since the row is divided by it, of the sum."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 300, generator=generator) * 10 ** (
+        3 * torch.rand(200, 1, generator=generator) - 1.5
+    )
+    logits[0, :3] = torch.tensor([60.0, 59.6, 40.0])  # next to nothing beside two
+    top = ops.SparseTeacher.from_logits(logits.double(), k=12)
+    want, rest = top.log_probs, top.log_rest
+    shards = write_one(tmp_path, StoredRows(top.ids, want, rest), values=values)
+    got = shards.rows(0).log_probs.double()
+    if values == "compact":
+        pieces = shards._read(0)
+        below = torch.from_numpy(np.frombuffer(pieces["scale"], "<f4").reshape(-1, 2)[:, 1:].copy())
+        codes = torch.from_numpy(np.frombuffer(pieces["values"], "u1").reshape(want.shape).copy())
+        error = packing.compact_error(codes.double(), below.double())
+    else:
+        error = {"exact": 0.0, "fp16": 2**-11, "bf16": 2**-8}[values] * want.abs()
+    if values != "exact":
+        error = error + 3e-7 * (1 + want.abs())  # float32's own
+        mass = (want + error).exp().sum(-1, keepdim=True) + rest.exp()[:, None]
+        assert bool(((got - want).abs() <= error + mass.log()).all())
+        assert bool(((got - want).abs() > error).any())  # without the sum's it would not hold
+    else:
+        assert torch.equal(got, want.float().double())
 
+
+def test_columns_that_are_none(tmp_path, write_one):
     ids = torch.tensor([[4, -1, 2], [-1, -1, -1]], dtype=torch.int32)
     log_probs = torch.tensor([[0.5, 0.0, 0.25], [0, 0, 0]]).log()
     rest = torch.tensor([0.25, 1.0]).log()
     for values in VALUES:
-        chosen, part = schema(k=3, values=values, examples=1), Part(0, 0, 1, 2)
-        write_shard(tmp_path, chosen, part, [StoredRows(ids, log_probs, rest)])
-        (tmp_path / "manifest.json").unlink(missing_ok=True)
-        assert write_manifest(tmp_path, chosen, [part])
-        assert not write_manifest(tmp_path, chosen, [part])
-        got = TeacherShards(tmp_path).rows(0)
+        shards = write_one(tmp_path, StoredRows(ids, log_probs, rest), values=values)
+        assert not write_manifest(tmp_path, shards.schema, shards.parts)
+        got = shards.rows(0)
         assert torch.equal(got.ids, ids)
         torch.testing.assert_close(got.log_probs, log_probs, rtol=0, atol=4e-3)
 
@@ -221,32 +250,42 @@ def first(folder):
     return folder / "shard-00000.safetensors"
 
 
-def swap_examples(folder):
-    """The rows of examples 2 and 3 exchanged, with their checksums: four and one rows."""
+def another_shard(folder):
     shutil.copy(folder / "shard-00001.safetensors", folder / "shard-00002.safetensors")
 
 
+def a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 ATTACKS = {
+    "manifest is a device": (lambda f: a_device(f / "manifest.json"), "it is no file"),
+    "manifest is a pipe": (lambda f: a_pipe(f / "manifest.json"), "it is no file"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "the capture is not finished"),
     "missing": (lambda f: first(f).unlink(), "is missing"),
     "folder in its place": (lambda f: (first(f).unlink(), first(f).mkdir()), "is no file"),
-    "device in its place": (
-        lambda f: (first(f).unlink(), first(f).symlink_to("/dev/zero")),
-        "is no file",
-    ),
+    "device in its place": (lambda f: a_device(first(f)), "is no file"),
+    "pipe in its place": (lambda f: a_pipe(first(f)), "is no file"),
     "truncated": (lambda f: os.truncate(first(f), first(f).stat().st_size - 1), "is torn"),
     "half a header": (lambda f: os.truncate(first(f), 100), "header cannot be read"),
     "empty": (lambda f: os.truncate(first(f), 0), "header cannot be read"),
     "too long": (lambda f: first(f).write_bytes(first(f).read_bytes() + b"x"), "is torn"),
     "rows": (lambda f: edit(first(f), first(f).stat().st_size - 3, b"\xff\x00\xff"), "checksum"),
-    "another shard": (swap_examples, "its shard is 1, not 2"),
+    "another shard": (another_shard, "its shard is 1, not 2"),
     "header length": (lambda f: edit(first(f), 0, struct.pack("<Q", 2**63)), "cannot be read"),
     "no header": (lambda f: edit(first(f), 0, struct.pack("<Q", 0)), "cannot be read"),
     "overlapping tensors": (replace_header(overlapping), "other sizes"),
     "a tensor twice": (replace_header(twice), "other sizes"),
     "no JSON": (replace_header(lambda size, _: struct.pack("<Q", size) + b"{" * size), "read"),
     "deep JSON": (replace_header(lambda size, _: struct.pack("<Q", 900) + b"[" * 900), "read"),
-    "huge k": (claim(k=2**24, vocab_size=2**24), "its vocab_size is 300, not 16777216"),
+    "huge k": (claim(k=2**24, vocab_size=2**24), "more than the 1073741824 of an example"),
+    "another vocabulary": (claim(vocab_size=301), "its vocab_size is 300, not 301"),
     "k above the vocabulary": (claim(k=301), "k = 301 of 300 columns cannot be"),
     "huge vocabulary": (claim(vocab_size=2**62), "cannot be"),
     "negative k": (claim(k=-1), "cannot be"),
@@ -257,7 +296,9 @@ ATTACKS = {
     "another teacher": (claim(teacher="e" * 64), "its teacher is mmm"),
     "unknown field": (claim(path="../.."), "path"),
     "more examples": (claim(examples=6), "5 of 6 examples"),
-    "huge rows": (shards_say(lambda s: s[0].__setitem__(2, 2**39)), "other sizes"),
+    "more rows": (shards_say(lambda s: s[0].__setitem__(2, 30)), "other sizes"),
+    "huge rows": (shards_say(lambda s: s[0].__setitem__(2, 2**39)), "more rows than its examples"),
+    "huge examples": (claim(max_length=2**39), "more than the 1073741824 of an example"),
     "rows beyond numbers": (shards_say(lambda s: s[0].__setitem__(2, 2**70)), "cannot be"),
     "a gap": (shards_say(lambda s: s[1].__setitem__(0, 3)), "does not go on"),
     "path traversal": (shards_say(lambda s: s[0].__setitem__(0, "../../secret")), "cannot be"),
@@ -316,6 +357,73 @@ def test_a_file_that_shrinks_meanwhile_is_an_error(tmp_path, stored):
         shards.rows(0)
 
 
+def mend(path, example, part_of):
+    """Give an example of a shard's file the checksum that its bytes have."""
+    shards, data = TeacherShards(path.parent, verify=False), bytearray(path.read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    start, count = 8 + size + header["first_row"]["data_offsets"][0], header["first_row"]["shape"]
+    first_row = np.frombuffer(data, "<i8", count[0], start)
+    at = example - part_of.first
+    value = zlib.crc32(example.to_bytes(8, "little"))
+    for name, width, each in columns_of(shards.schema):
+        start = 8 + size + header[name]["data_offsets"][0]
+        begin, end = (start + int(row) * width * each for row in first_row[at : at + 2])
+        value = zlib.crc32(data[begin:end], value)
+    place = 8 + size + header["crc32"]["data_offsets"][0] + 8 * at
+    data[place : place + 8] = struct.pack("<q", value)
+    path.write_bytes(data)
+
+
+def test_examples_in_each_others_place(tmp_path, stored):
+    """Two examples of a shard with as many rows, exchanged with their checksums."""
+    stored(tmp_path, counts=(1, 1), k=4, vocab_size=255)
+    path = first(tmp_path)
+    data = bytearray(path.read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    for name, entry in header.items():
+        if name not in ("__metadata__", "first_row"):
+            begin, end = (8 + size + place for place in entry["data_offsets"])
+            half = (end - begin) // 2
+            data[begin:end] = data[begin + half : end] + data[begin : begin + half]
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="the checksum of example 0 does not fit"):
+        TeacherShards(tmp_path)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_forged_rows_are_refused_or_can_be_a_teacher(tmp_path, stored, values):
+    """Any bytes, with checksums that fit: what is read has ids of the vocabulary, or none, and
+    numbers that are logarithms of probabilities."""
+    stored(tmp_path, counts=(2, 3), values=values, k=5)
+    path, chance, refused, taken = first(tmp_path), random.Random(1), 0, 0
+    whole, part = path.read_bytes(), TeacherShards(tmp_path).parts[0]
+    (size,) = struct.unpack("<Q", whole[:8])
+    rows = 8 + size + 8 * 5
+    for _ in range(1500):
+        data = bytearray(whole)
+        for _ in range(chance.randrange(1, 6)):
+            place = chance.randrange(rows, len(data) - 4)
+            data[place : place + 4] = chance.randbytes(4)
+        path.write_bytes(data)
+        for example in (0, 1):
+            mend(path, example, part)
+        try:
+            found = read_all(tmp_path)
+        except ShardError:
+            refused += 1
+            continue
+        taken += 1
+        for each in found:
+            assert int(each.ids.min()) >= -1
+            assert int(each.ids.max()) < 300
+            assert float(each.log_probs.max()) < 2e-3
+            assert float(each.log_rest.max()) < 2e-3
+    assert refused > 100
+    assert taken > 10
+
+
 FILES = 100_000
 
 
@@ -365,7 +473,7 @@ def test_a_hundred_thousand_damaged_files(tmp_path, stored):
 
 def test_memory_does_not_grow_with_what_was_read(tmp_path, stored):
     """A folder of 80 MB, read from end to end by a process of its own."""
-    examples = {"counts": (500,) * 8, "times": 20, "per_shard": 40}
+    examples = {"counts": (500,) * 8, "times": 20, "per_shard": 40, "max_length": 501}
     stored(tmp_path, **examples, vocab_size=2000, k=250, values="fp16")
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size > 60e6

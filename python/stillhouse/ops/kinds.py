@@ -26,6 +26,8 @@ class Kind:
     needs_labels: ClassVar[bool] = False
     pairs_columns: ClassVar[bool] = True  # a column of one side belongs to that of the other
     sparse_tails: ClassVar[tuple[str, ...]] = ()  # of a SparseTeacher it can be taken to
+    # Its gradient is linear in p: that of drawn columns is the dense one on average.
+    linear_in_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -95,6 +97,7 @@ class ForwardKL(Kind):
 
     number = 1
     sparse_tails = _ANY
+    linear_in_teacher = True
     _mirror = "reverse_kl"
 
 
@@ -182,6 +185,7 @@ class SoftCrossEntropy(Kind):
 
     number = 8
     sparse_tails = _ANY
+    linear_in_teacher = True
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ class SparseTeacher:
 
         With `draws` and a k, so many draws from all other columns besides, with replacement: of
         what these have together each column gets the share that it was drawn, so nothing is left
-        to the tail. Like `sample` an unbiased estimate of the teacher, and less noisy: what is
-        certain is not drawn.
+        to the tail. Like `sample` an unbiased estimate of the teacher, for the kinds that are
+        linear in it (forward KL, soft cross-entropy), and less noisy: what is certain is not drawn.
 
         Raises ValueError unless k in [1, V] or p in (0, 1] is given, and for draws < 0 or with p.
         """

@@ -17,7 +17,8 @@ import torch
 
 from stillhouse import data, ops
 from stillhouse.errors import UsageError
-from stillhouse.recipes.distill_job import examples_of, resolve
+from stillhouse.progress import Progress
+from stillhouse.recipes.distill_job import resolve, split
 from stillhouse.report import Report
 from stillhouse.teachers import fingerprints, packing
 from stillhouse.teachers.shard_format import (
@@ -26,13 +27,13 @@ from stillhouse.teachers.shard_format import (
     Part,
     Schema,
     ShardError,
+    read_manifest,
     write_manifest,
 )
 from stillhouse.teachers.shards import ShardFiles, StoredRows, TeacherShards, write_shard
 
 # Rows whose logits exist at a time.
 ROWS = 512
-_EVERY = 10.0  # seconds between lines of progress
 
 
 @dataclass
@@ -69,39 +70,40 @@ def capture(arguments: CaptureArguments) -> Report | None:
     job = _Job(arguments)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = ShardFiles(folder, job.schema, job.plan())
+    parts = None if arguments.overwrite else _captured(folder, job.schema)
+    files = ShardFiles(folder, job.schema, parts or job.plan())
     ours = files.parts[place::processes]
+    others = sorted(set(files.parts) - set(ours))
+    if processes > 1:
+        who = f"process {place + 1} of {processes}"
+        print(f"{who}: {len(ours)} of {len(files.parts)} shards", flush=True)
     if arguments.overwrite:
         _clear(folder, ours, len(files.parts) if place == 0 else None)
-    elif (folder / MANIFEST).exists():
-        found = TeacherShards(folder)
-        if found.schema != job.schema:
-            raise ShardError(f"{folder} holds another capture: --overwrite replaces it")
-        print(f"{folder} is captured: {found.row_count:,} rows in {len(found.parts)} shards")
+    missing = _missing(files, ours)
+    if missing:
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a folder that is no longer whole
+        if len(missing) < len(ours):
+            print(f"{len(ours) - len(missing)} finished shards are kept", flush=True)
+        job.run(folder, missing)
+    waiting = _missing(files, others, foreign_too=arguments.overwrite)
+    if waiting:
+        print(f"done; {len(waiting)} shards of other processes are not there yet", flush=True)
         return None
-    missing = [part for part in ours if not _is_whole(files, part)]
-    if len(missing) < len(ours):
-        print(f"{len(ours) - len(missing)} finished shards are kept", flush=True)
-    job.run(folder, missing)
-    try:
-        for part in files.parts:
-            files.check_file(part)
-    except ShardError:
-        waiting = sum(not (folder / part.name).exists() for part in files.parts)
-        print(f"done; {waiting} shards of other processes are not there yet", flush=True)
+    for left in folder.glob("shard-*.partial-*"):  # by what was killed
+        left.unlink(missing_ok=True)
+    if (folder / MANIFEST).exists() or not write_manifest(folder, job.schema, files.parts):
+        print(f"{folder} is captured: {files.row_count:,} rows in {len(files.parts)} shards")
         return None
-    for part in files.parts:
-        if part not in ours:  # those are just written, or checked above
-            files.verify(part)
-    if not write_manifest(folder, job.schema, files.parts):
-        return None  # another process was as late as this one
     return job.report(folder)
 
 
 def _place(part: str | None) -> tuple[int, int]:
     """This process among all of them: of `--part 2/4`, or of torchrun's environment."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
     if part is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return int(os.environ.get("RANK", 0)), started
+    if started > 1:
+        raise UsageError(f"--part {part} and {started} processes of torchrun: use one of them")
     number, slash, count = part.partition("/")
     if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise UsageError(f"expected --part 1/4 to --part 4/4, got {part!r}")
@@ -124,27 +126,50 @@ def _check(arguments: CaptureArguments) -> None:
         raise UsageError(f"--temperature must be positive, got {arguments.temperature}")
 
 
+def _captured(folder: Path, schema: Schema) -> list[Part] | None:
+    """The shards of a capture of the same that was finished here, if one was. Raises ShardError
+    for another one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        found, parts = read_manifest(path)
+    except ShardError as error:
+        raise ShardError(f"{error}; delete it, and the capture goes on with its shards") from error
+    if found != schema:
+        raise ShardError(f"{folder} holds another capture: --overwrite replaces it")
+    return parts
+
+
 def _clear(folder: Path, ours: Sequence[Part], beyond: int | None) -> None:
     """Delete the shards of this process and those numbered from `beyond` on; the manifest before,
     since half a folder must not look like a whole one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for part in ours:
         (folder / part.name).unlink(missing_ok=True)
-    for path in folder.glob("shard-*.safetensors") if beyond is not None else ():
-        if path.name >= Part(beyond, 0, 0, 0).name:
+    for path in folder.glob("shard-*.safetensors*") if beyond is not None else ():
+        number = path.name.removeprefix("shard-").partition(".")[0]
+        if number.isdigit() and int(number) >= beyond:
             path.unlink()
 
 
-def _is_whole(files: ShardFiles, part: Part) -> bool:
-    """Whether a shard was written to its end. Raises ShardError where it is of another capture."""
-    try:
-        files.check_file(part)
-        files.verify(part)
-    except ForeignShard as error:
-        raise ShardError(f"{error} (--overwrite replaces what is there)") from error
-    except ShardError:
-        return False
-    return True
+def _missing(files: ShardFiles, parts: Sequence[Part], *, foreign_too: bool = False) -> list[Part]:
+    """Shards that are not there whole. Raises ShardError for one that is of another capture."""
+    missing, done, progress = [], 0, Progress("rows")
+    total = sum(part.rows for part in parts)
+    for part in parts:
+        try:
+            files.check_file(part)
+            files.verify(part)
+        except ForeignShard as error:
+            if not foreign_too:
+                raise ShardError(f"{error} (--overwrite replaces what is there)") from error
+            missing.append(part)
+        except ShardError:
+            missing.append(part)
+        done += part.rows
+        progress(f"checking {part.name}", done, total)
+    return missing
 
 
 class _Job:
@@ -154,22 +179,22 @@ class _Job:
         from transformers.utils import logging
 
         from stillhouse.train import models
+        from stillhouse.train.examples import encode
         from stillhouse.train.forward import FrozenTeacher
 
         logging.disable_progress_bar()
         self.arguments = arguments
         records = data.read(arguments.data)
-        other = None if arguments.eval_data is None else data.read(arguments.eval_data)
         name = resolve(arguments.teacher)
         self.tokenizer = models.load_tokenizer(name)
         model = models.load_model(name, arguments.teacher_dtype)
         models.check_vocabulary(model, self.tokenizer, arguments.vocab_size)
-        models.check_length(model, None, arguments.max_length)
+        models.check_length(None, model, arguments.max_length)
         self.columns = arguments.vocab_size or models.head_width(model)
         if arguments.top_k > self.columns:
             raise UsageError(f"--top-k {arguments.top_k} is more than {self.columns} columns")
-        train_set, _ = examples_of(arguments, self.tokenizer, records, other)
-        self.examples = train_set.examples
+        numbers, _ = split(arguments, records)
+        self.examples = encode(records, numbers, self.tokenizer, arguments.max_length).examples
         self.schema = Schema(
             vocab_size=self.columns,
             k=arguments.top_k,
@@ -186,7 +211,11 @@ class _Job:
             stillhouse=importlib.metadata.version("stillhouse"),
             torch=torch.__version__,
         )
-        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.device = torch.device("cpu")
+        if torch.accelerator.is_available():
+            # Each process of torchrun has one of its machine's.
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.accelerator.current_accelerator()
         self.teacher = FrozenTeacher(model.to(self.device))
         self.counts = [int(each.loss_mask[1:].sum()) for each in self.examples]
         self.seconds = {"forward": 0.0, "selection": 0.0, "writing": 0.0}
@@ -205,21 +234,12 @@ class _Job:
 
     def run(self, folder: Path, parts: Sequence[Part]) -> None:
         """Capture these shards, one after the other, with a line of progress now and then."""
-        total, began = sum(part.rows for part in parts), time.monotonic()
-        said = began
+        total, progress = sum(part.rows for part in parts), Progress("rows")
         for part in parts:
             stored: list[StoredRows] = []
             for start in range(part.first, part.last, self.arguments.batch_size):
                 stored += self._batch(start, min(start + self.arguments.batch_size, part.last))
-                now = time.monotonic()
-                if now - said >= _EVERY:
-                    said, rate = now, self.rows / (now - began)
-                    left = int((total - self.rows) / rate)
-                    print(
-                        f"{part.name}  {self.rows:,} of {total:,} rows  {rate:,.0f} rows/s  "
-                        f"{left // 60}:{left % 60:02d} left",
-                        flush=True,
-                    )
+                progress(part.name, self.rows, total)
             since = time.perf_counter()
             write_shard(folder, self.schema, part, stored)
             self.seconds["writing"] += time.perf_counter() - since
@@ -229,6 +249,10 @@ class _Job:
         from stillhouse.train.examples import collate
         from stillhouse.train.rows import supervised_rows
 
+        counts = self.counts[first:last]
+        if sum(counts) == 0:
+            columns = torch.empty(0, self.arguments.top_k)
+            return [StoredRows(columns.int(), columns, torch.empty(0))] * len(counts)
         since = time.perf_counter()
         batch = collate(self.examples[first:last], padding=self.tokenizer.pad_token_id or 0)
         batch = {name: each.to(self.device) for name, each in batch.items()}
@@ -256,9 +280,9 @@ class _Job:
         ids = torch.where(log_probs > -torch.inf, ids, -1)
         self.rows += len(ids)
         self.mass += log_probs[:, : self.largest].double().exp().cumsum(-1).sum(0)
-        counts = self.counts[first:last]
-        split = (each.split(counts) for each in (ids, log_probs, log_rest))
-        return [StoredRows(*each) for each in zip(*split, strict=True)]
+        by_example = [each.split(counts) for each in (ids, log_probs, log_rest)]
+        self._spent("selection", since)
+        return [StoredRows(*each) for each in zip(*by_example, strict=True)]
 
     def _spent(self, on: str, since: float) -> float:
         if self.device.type != "cpu":

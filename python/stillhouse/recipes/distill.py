@@ -16,6 +16,7 @@ from typing import Any
 from stillhouse import ops
 from stillhouse.errors import UsageError, exit_code
 from stillhouse.methods.catalog import METHODS
+from stillhouse.progress import Progress
 from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.recipes.distill_report import fill, generations, load_command
 from stillhouse.report import Report
@@ -71,6 +72,8 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
         raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
     _check_directory(arguments, training)
     shards = None
+    if arguments.teacher_shards is None and arguments.teacher_tail != "bucket":
+        raise UsageError("--teacher_tail is of --teacher_shards, which is missing")
     if arguments.teacher_shards is not None:
         shards = _stored_teacher(arguments, objective, verify=training.local_process_index == 0)
     job = Job(arguments, training, shards)
@@ -101,6 +104,10 @@ def _stored_teacher(
     """The shards of `--teacher_shards`, if this objective can be trained with them."""
     if arguments.teacher is not None:
         raise UsageError("--teacher and --teacher_shards are two teachers: name one of them")
+    if not getattr(objective, "needs_teacher", True):
+        raise UsageError(
+            f"--method {arguments.method} needs no teacher: leave --teacher_shards out"
+        )
     tails, tail = getattr(objective, "sparse_tails", ()), arguments.teacher_tail
     if tail not in tails:
         known = f": it takes --teacher_tail {' or '.join(tails)}" if tails else ": it needs a model"
@@ -108,11 +115,16 @@ def _stored_teacher(
             f"--method {arguments.method} cannot be trained from --teacher_shards with "
             f"--teacher_tail {tail}{known}"
         )
-    shards = TeacherShards(arguments.teacher_shards, verify=verify)
+    shards = TeacherShards(arguments.teacher_shards, verify=verify, progress=Progress("rows"))
     if shards.schema.temperature != arguments.temperature:
         raise UsageError(
             f"{shards.folder} was captured at temperature {shards.schema.temperature:g}: train at "
             f"it, or capture again at {arguments.temperature:g} (--temperature)"
+        )
+    if shards.schema.draws > 0 and not getattr(objective, "takes_draws", False):
+        raise UsageError(
+            f"{shards.folder} has drawn columns, which --method {arguments.method} would take for "
+            "the teacher: use forward_kl or soft_cross_entropy, or capture without --draws"
         )
     return shards
 

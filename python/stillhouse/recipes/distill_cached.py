@@ -7,13 +7,13 @@ bytes.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
-from stillhouse.errors import exit_code
+from stillhouse.errors import UsageError, exit_code
 from stillhouse.recipes import distill
 from stillhouse.recipes.capture import CaptureArguments, capture
 from stillhouse.report import Report
@@ -34,28 +34,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(words: Sequence[str]) -> Report:
-    """Capture, train twice, report."""
-    shards, shared = FOLDER / "shards", [*SHARED, *words]
-    demonstration = yaml.safe_load(distill.DEMONSTRATION.read_text(encoding="utf-8"))
-    same = ("teacher", "teacher_dtype", "data", "max_length", "eval_share")
-    captured = capture(
-        CaptureArguments(
-            **{name: demonstration[name] for name in same},
-            out=str(shards),
-            draws=DRAWS,
-            overwrite=True,
-        )
-    )
-    student = f"{demonstration['student']}@{demonstration['teacher']}"
-    changes = {
-        "online": [],
-        "cached": ["--teacher_shards", str(shards), "--student", student],
+    """Capture, train twice, report. Raises UsageError for wrong flags, before any of it."""
+    if any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in words):
+        raise UsageError(f"--output_dir is {FOLDER} here, with a folder for each training")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("this compares times: one process, without torchrun")
+    config, shards = ["--config", str(distill.DEMONSTRATION)], str(FOLDER / "shards")
+    flags = {name: [*config, *SHARED, *words] for name in ("online", "cached")}
+    known, _ = parse(flags["online"])
+    flags["cached"] += [
+        "--teacher_shards", shards, "--student", f"{known.student}@{known.teacher}"
+    ]  # fmt: skip
+    runs = {
+        name: parse([*each, "--output_dir", str(FOLDER / name)]) for name, each in flags.items()
     }
+    # What both commands have, they have alike.
+    of_both = {f.name for f in fields(CaptureArguments)} & {f.name for f in fields(known)}
+    options = {name: getattr(known, name) for name in of_both} | {"overwrite": True}
+    captured = capture(CaptureArguments(**options, out=shards, draws=DRAWS))
     reports = {}
-    for name, flags in changes.items():
+    for name, (arguments, training) in runs.items():
         print(f"\n==> {name}", flush=True)
-        config = ["--config", str(distill.DEMONSTRATION), "--output_dir", str(FOLDER / name)]
-        reports[name] = distill.distill(*parse([*config, *shared, *flags]))
+        reports[name] = distill.distill(arguments, training)
     return _report(captured, TeacherShards(shards, verify=False), reports)
 
 

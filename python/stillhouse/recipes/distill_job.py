@@ -88,7 +88,12 @@ class Job:
         else:
             models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
         models.check_length(self._fresh, self.teacher, arguments.max_length)
-        self.train_set, self.eval_set = examples_of(arguments, self.tokenizer, records, other)
+        numbers, held = split(arguments, records)
+        if other is not None:
+            held = range(len(other))
+        of = functools.partial(encode, tokenizer=self.tokenizer, max_length=arguments.max_length)
+        self.train_set = of(records, numbers)
+        self.eval_set = of(records if other is None else other, held) if held else None
         self.stored_set = None if shards is None else StoredExamples(self.train_set, shards)
         if training.process_index == 0:
             self._announce()
@@ -225,15 +230,11 @@ class Job:
         return folder
 
 
-def examples_of(arguments: Any, tokenizer: Any, records: Any, evaluation: Any) -> tuple[Any, Any]:
-    """Training and held-out examples; `evaluation` None holds out some of `records`."""
-    if evaluation is not None:
-        numbers, held = range(len(records)), range(len(evaluation))
-    else:
-        evaluation = records
-        numbers, held = data.holdout(records, arguments.eval_share)
-    train_set = encode(records, numbers, tokenizer, arguments.max_length)
-    return train_set, encode(evaluation, held, tokenizer, arguments.max_length) if held else None
+def split(arguments: Any, records: Any) -> tuple[Any, Any]:
+    """Numbers of the records to train on, and of those that are held out; with --eval-data none."""
+    if arguments.eval_data is not None:
+        return range(len(records)), ()
+    return data.holdout(records, arguments.eval_share)
 
 
 def resolve(name: str | None) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.teachers.shard_format import partial_path
+
 
 class TensorCache:
     """Results under a hash of everything that they depend on.
@@ -44,7 +46,7 @@ class TensorCache:
         Raises TypeError for a key of anything else, and for a result that is no dict of tensors.
         """
         plain = json.dumps(_plain(key, "key"), sort_keys=True)
-        path = self.path(key)
+        path = self._path(plain)
         found = _read(path, plain)
         if found is not None:
             return found
@@ -58,7 +60,9 @@ class TensorCache:
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Where the result of this key is, or would be."""
-        plain = json.dumps(_plain(key, "key"), sort_keys=True)
+        return self._path(json.dumps(_plain(key, "key"), sort_keys=True))
+
+    def _path(self, plain: str) -> Path:
         digest = hashlib.sha256(plain.encode()).hexdigest()
         return self.root / digest[:2] / f"{digest}.safetensors"
 
@@ -100,7 +104,7 @@ def _write(path: Path, tensors: dict[str, Tensor], plain: str) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
+    partial = partial_path(path)
     try:
         save_file(tensors, partial, metadata={"key": plain, "content": _content(tensors)})
         os.replace(partial, path)

@@ -1,6 +1,6 @@
 """Rows of a sparse teacher as bytes: ids in as few bits as they need, log-probabilities in 8 to 32.
 
-Everything is little-endian. What a row costs beside them is in `shards.py`.
+Everything is little-endian. What a row costs beside them is in `shard_format.py`.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def pack_values(log_probs: Tensor, values: str) -> tuple[np.ndarray, np.ndarray]
 
     Compact: a row from its largest value `top` down to `top - range` in 256 steps that grow
     linearly, value = top - range (code / 255)^2. What comes back is off by at most
-    `compact_error(code, range)`: a thousandth of the range or less for the half of it nearest the
-    top, where the mass is.
+    `compact_error(code, range)`: less than three thousandths of the range for the half of it
+    nearest the top, where the mass is.
     """
     x = log_probs.detach().float().cpu()
     none = x == -torch.inf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,7 @@ FORMAT = "stillhouse teacher shards 1"
 MANIFEST = "manifest.json"
 _MOST_BYTES = 64 << 20  # of a manifest
 _LARGEST = 1 << 40  # of any number in it
+_LARGEST_EXAMPLE = 1 << 30  # bytes, which a reader has in memory at once
 
 
 class ShardError(ValueError):
@@ -70,11 +72,22 @@ class Schema:
             raise ShardError(f"temperature must be a positive number, got {self.temperature}")
         if not 1 <= self.examples < _LARGEST or not 2 <= self.max_length < _LARGEST:
             raise ShardError(f"{self.examples} examples of {self.max_length} tokens cannot be")
+        most = self.row_bytes * self.most_rows
+        if most > _LARGEST_EXAMPLE:
+            raise ShardError(
+                f"{self.k} columns of {self.max_length} tokens may take {most} bytes, more than "
+                f"the {_LARGEST_EXAMPLE} of an example: store fewer columns, or shorter examples"
+            )
 
     @property
     def row_bytes(self) -> int:
         """What a row takes in a file, but for an example's 16 bytes."""
         return sum(width * size for _, width, size in columns_of(self))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that an example has at most: its first token is nobody's target."""
+        return self.max_length - 1
 
 
 def columns_of(schema: Schema) -> list[tuple[str, int, int]]:
@@ -123,10 +136,14 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def file_bytes(schema: Schema, part: Part) -> int:
-    """Size of a shard's file."""
-    index = 8 * (2 * (part.last - part.first) + 1)
-    return len(header(schema, part)) + index + part.rows * schema.row_bytes
+def bytes_after_header(schema: Schema, part: Part) -> int:
+    """Size of a shard's tensors."""
+    return 8 * (2 * (part.last - part.first) + 1) + part.rows * schema.row_bytes
+
+
+def partial_path(path: Path) -> Path:
+    """A name for `path` until it is whole, which no other process on any machine takes."""
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:16]}")
 
 
 def write_manifest(folder: Path, schema: Schema, parts: Sequence[Part]) -> bool:
@@ -138,7 +155,7 @@ def write_manifest(folder: Path, schema: Schema, parts: Sequence[Part]) -> bool:
         "shards": [[each.first, each.last, each.rows] for each in parts],
     }
     content["crc32"] = zlib.crc32(_canonical(content))
-    partial = folder / f"{MANIFEST}.partial-{os.getpid()}"
+    partial = partial_path(folder / MANIFEST)
     partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     try:
         os.link(partial, folder / MANIFEST)
@@ -163,9 +180,13 @@ def read_manifest(path: Path) -> tuple[Schema, list[Part]]:
         return dict(pairs)
 
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            read = file.read(_MOST_BYTES + 1)
+        if len(read) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES} bytes")
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        content = json.loads(read, object_pairs_hook=unique)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         if content.pop("crc32", None) != zlib.crc32(_canonical(content)):
@@ -178,6 +199,8 @@ def read_manifest(path: Path) -> tuple[Schema, list[Part]]:
                 raise ValueError(f"{each.name} has sizes that cannot be")
             if each.first != expected or each.last <= each.first:
                 raise ValueError(f"{each.name} does not go on where the one before ends")
+            if each.rows > schema.most_rows * (each.last - each.first):
+                raise ValueError(f"{each.name} has more rows than its examples have tokens")
             expected = each.last
         if expected != schema.examples:
             raise ValueError(f"its shards have {expected} of {schema.examples} examples")

@@ -27,9 +27,10 @@ from stillhouse.teachers.shard_format import (
     Part,
     Schema,
     ShardError,
+    bytes_after_header,
     columns_of,
-    file_bytes,
     header,
+    partial_path,
     read_manifest,
 )
 
@@ -61,17 +62,20 @@ def write_shard(folder: Path, schema: Schema, part: Part, rows: Sequence[StoredR
     if len(counts) != part.last - part.first or sum(counts) != part.rows:
         raise ValueError(f"{part.name} was planned for {part}, not for {counts}")
     path = folder / part.name
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(header(schema, part))
-        file.write(np.cumsum([0, *counts], dtype="<i8").tobytes())
-        file.write(np.array(sums, dtype="<i8").tobytes())
-        for arrays in pieces.values():
-            for array in arrays:
-                file.write(array.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(header(schema, part))
+            file.write(np.cumsum([0, *counts], dtype="<i8").tobytes())
+            file.write(np.array(sums, dtype="<i8").tobytes())
+            for arrays in pieces.values():
+                for array in arrays:
+                    file.write(array.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _checksum(example: int, pieces: Sequence[bytes]) -> int:
@@ -111,10 +115,10 @@ class ShardFiles:
         if _bytes(path, [(0, min(size, len(expected)))])[0] != expected:
             what = _difference(path, expected)
             raise ForeignShard(f"{path} is of another capture or damaged: {what}")
-        if size != file_bytes(self.schema, part):
+        whole = len(expected) + bytes_after_header(self.schema, part)
+        if size != whole:
             raise ShardError(
-                f"{path} is torn: {size} bytes instead of {file_bytes(self.schema, part)}; delete "
-                "it and run the capture again"
+                f"{path} is torn: {size} bytes instead of {whole}; run the capture again"
             )
 
     def verify(self, part: Part) -> None:
@@ -131,7 +135,9 @@ class ShardFiles:
             start, size = len(header(self.schema, part)), 8 * (2 * examples + 1)
             table = np.frombuffer(_bytes(self.folder / part.name, [(start, size)])[0], "<i8")
             first, sums = table[: examples + 1], table[examples + 1 :]
-            if first[0] != 0 or first[-1] != part.rows or (np.diff(first) < 0).any():
+            counts = np.diff(first)
+            outside = ((counts < 0) | (counts > self.schema.most_rows)).any()
+            if first[0] != 0 or first[-1] != part.rows or outside:
                 raise ShardError(f"{self.folder / part.name} is damaged: rows out of order")
             found = self._indices[part.number] = first, sums, start + size
         return found
@@ -153,7 +159,7 @@ class ShardFiles:
         if _checksum(example, pieces) != int(sums[at]):
             raise ShardError(
                 f"{self.folder / part.name} is damaged: the checksum of example {example} does "
-                "not fit; delete the file and run the capture again"
+                "not fit; run the capture again"
             )
         return dict(zip(names, pieces, strict=True))
 
@@ -165,7 +171,8 @@ class TeacherShards(ShardFiles):
         folder: with `manifest.json` and the shards it names.
         verify: read every example once now and compare its checksum. Without it a damaged example
             is an error when training comes to it.
-        progress: called with (shards done, shards) meanwhile.
+        progress: called meanwhile with what is read, the rows done and all rows, as
+            `stillhouse.progress.Progress` is.
 
     Attributes:
         schema: what the rows are.
@@ -184,21 +191,24 @@ class TeacherShards(ShardFiles):
         folder: str | Path,
         *,
         verify: bool = True,
-        progress: Callable[[int, int], object] = lambda done, all: None,
+        progress: Callable[[str, int, int], object] = lambda what, done, total: None,
     ):
         super().__init__(Path(folder), *read_manifest(Path(folder) / MANIFEST))
         for part in self.parts:
             self.check_file(part)
-        for done, part in enumerate(self.parts if verify else (), 1):
+        done = 0
+        for part in self.parts if verify else ():
             self.verify(part)
-            progress(done, len(self.parts))
+            done += part.rows
+            progress(f"checking {part.name}", done, self.row_count)
 
     def rows(self, example: int) -> StoredRows:
         """The teacher at an example's supervised rows, in their order.
 
         What rounding of the stored values adds to the mass of a row, or takes from it, is taken
         out again: known columns and the others have the sum 1, as they had. Raises IndexError for
-        an example that is not there and ShardError for one that is damaged.
+        an example that is not there and ShardError for one that is damaged, or has an id outside
+        the vocabulary or a probability above 1.
         """
         schema, pieces = self.schema, self._read(example)
         n = len(pieces["log_rest"]) // 4
@@ -214,6 +224,8 @@ class TeacherShards(ShardFiles):
             raise ShardError(f"example {example} of {self.folder} is damaged: {error}") from error
         log_probs = packing.unpack_values(stored, scale, schema.values)
         log_probs.masked_fill_(ids < 0, -torch.inf)
+        if not (_are_probabilities(log_probs) and _are_probabilities(log_rest)):
+            raise ShardError(f"example {example} of {self.folder} has what are no probabilities")
         if schema.values != "exact":
             total = torch.logaddexp(log_probs.logsumexp(-1), log_rest)
             log_probs -= total[:, None]
@@ -247,6 +259,11 @@ class TeacherShards(ShardFiles):
                 f"{self.folder} was captured from other tokens than this data gives: other text, "
                 f"another order, or another --max_length than {schema.max_length}"
             )
+
+
+def _are_probabilities(logs: Tensor) -> bool:
+    # A NaN is the largest of all, and not below anything.
+    return logs.numel() == 0 or bool(logs.max() < 1e-3)
 
 
 def _bytes(path: Path, places: Sequence[tuple[int, int]]) -> list[bytes]:

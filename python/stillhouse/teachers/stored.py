@@ -54,5 +54,5 @@ class StoredTeacher:
             schema.temperature,
             self.tail,
             log_rest,
-            _trusted=True,  # each row was checked when it was captured, and is as it was
+            _trusted=True,  # ids and probabilities were looked at when they were read
         )

@@ -42,6 +42,17 @@ def _flag(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+# The flag that puts another entry of a configuration file out: options of the file's method mean
+# nothing to another one, and a stored teacher and a model stand in each other's place.
+_REPLACED_BY = {
+    "method_options": "method",
+    "teacher": "teacher_shards",
+    "teacher_dtype": "teacher_shards",
+    "teacher_shards": "teacher",
+    "teacher_tail": "teacher",
+}
+
+
 @dataclass
 class DistillArguments:
     """What is distilled from what, on which text, by which method."""
@@ -207,9 +218,7 @@ def _config_words(path: Path, parser: Any, flags: list[str]) -> list[str]:
     for name, value in values.items():
         if name not in known:
             raise UsageError(f"{path}: unknown option {name!r} (stillhouse distill --help)")
-        # The options of the file's method mean nothing to the one a flag has put in its place, and
-        # a stored teacher stands in that of the file's model.
-        other = {"method_options": "method", "teacher": "teacher_shards"}.get(name)
+        other = _REPLACED_BY.get(name)
         replaced = any(word.partition("=")[0].replace("-", "_") == f"__{other}" for word in flags)
         if value is None or value == [] or replaced:
             continue

@@ -142,7 +142,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         )
 
 
-def check_length(student: nn.Module, teacher: nn.Module | None, max_length: int) -> None:
+def check_length(student: nn.Module | None, teacher: nn.Module | None, max_length: int) -> None:
     """Raise ValueError for sequences longer than a model has positions for."""
     for name, model in (("student", student), ("teacher", teacher)):
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)

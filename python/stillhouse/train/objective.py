@@ -9,7 +9,8 @@ head's weights are whole even if they are sharded. Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
 micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`. An objective that needs no
 teacher says so with `needs_teacher = False`, one that takes sparse teachers says with which tails:
-`sparse_tails`.
+`sparse_tails`; and one that may have drawn columns, because it is linear in the teacher:
+`takes_draws`.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class DivergenceObjective:
         self.label_weight = label_weight
         self.needs_teacher = not isinstance(self.kind, ops.CrossEntropy)
         self.sparse_tails = self.kind.sparse_tails
+        self.takes_draws = self.kind.linear_in_teacher
 
     def __call__(
         self, student: LogitRows, teacher: Teacher, batch: Mapping[str, Any]

@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from stillhouse.progress import time_left
+
 # What of a log is worth a line, in this order; everything is in the log history anyway.
 SHOWN = ("loss", "acceptance", "agreement", "t", "eval_perplexity", "eval_forward_kl")
 
 
-class Progress(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """Prints `step 20/110  loss 3.21  …  1,234 tokens/s  1:02 left` when the trainer logs."""
 
     def __init__(self, name: str = ""):
@@ -35,5 +37,5 @@ class Progress(TrainerCallback):
         done = state.global_step - self.first_step
         if done > 0:
             left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+            parts.append(time_left(left))
         print("  ".join(parts), flush=True)

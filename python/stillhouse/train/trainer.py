@@ -29,7 +29,7 @@ from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
 from stillhouse.train.metrics import sequence_sums, summarize
 from stillhouse.train.objective import LogitRows, Objective
-from stillhouse.train.progress import Progress
+from stillhouse.train.progress import TrainingProgress
 from stillhouse.train.rows import RowIndex, supervised_rows
 from stillhouse.train.statistics import StepStatistics
 
@@ -112,7 +112,7 @@ class DistillTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(_Bookkeeping(self))
         if not args.disable_tqdm:
-            self.add_callback(Progress(name))
+            self.add_callback(TrainingProgress(name))
 
     def compute_loss(
         self,
