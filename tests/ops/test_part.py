@@ -53,10 +53,11 @@ def test_parts_add_up_to_whole_rows(kind, dtype, level):
     z.requires_grad_()
     want = ops.divergence(z, t, kind, temperature=1.3, logit_scale=(0.5, 1.0))
     (want * weight).sum().backward()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-9)
+    rtol = min(tolerance, 1e-5)
     torch.testing.assert_close(
-        value * factor, want.detach().double(), rtol=1e-5, atol=1e-6, equal_nan=True
+        value * factor, want.detach().double(), rtol=rtol, atol=rtol / 10, equal_nan=True
     )
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-6)
     torch.testing.assert_close(
         gradient.double(), z.grad.double(), rtol=tolerance, atol=tolerance / 10, equal_nan=True
     )

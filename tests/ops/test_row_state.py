@@ -160,7 +160,7 @@ def test_errors():
         ops.merge_row_states()
     with pytest.raises(ValueError, match=r"different rows do not merge, got \[\(5,\), \(6,\)\]"):
         ops.merge_row_states(ops.row_state(z, t), ops.row_state(z[:5], t[:5]))
-    with pytest.raises(ValueError, match="pass vocab_size="):
+    with pytest.raises(ValueError, match="a part has the same columns of both"):
         ops.row_state(z, t[:, :50])
     with pytest.raises(TypeError, match="takes the teacher's logits"):
         ops.row_state(z, ops.SparseTeacher.from_logits(t, k=3))

@@ -275,6 +275,21 @@ def test_the_command_says_it_in_one_line(world, monkeypatch, capsys):
     assert "2 processes of torchrun: use one of them" in capsys.readouterr().err
 
 
+def test_the_comparison_refuses_what_would_fail_in_its_middle(monkeypatch):
+    from stillhouse.recipes import distill_cached
+
+    monkeypatch.setattr(distill_cached, "capture", lambda *_: pytest.fail("the capture began"))
+    for words, message in (
+        (["--output-dir=x"], "--output_dir is runs/"),
+        (["--maks_steps", "3"], "unknown argument --maks_steps"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            distill_cached.compare(words)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process, without torchrun"):
+        distill_cached.compare([])
+
+
 def test_an_example_without_a_target(world):
     """The last window of packed text may be one token, and alone in its batch and its shard."""
     from stillhouse import data

@@ -102,7 +102,7 @@ def test_any_reader_of_safetensors_reads_a_shard(tmp_path, stored, values):
     want = torch.cat([rows[2].log_rest, rows[3].log_rest])
     assert torch.equal(tensors["log_rest"], want)
     assert tensors["values"].shape == (5, 6)
-    ids = packing.unpack_ids(tensors["ids"].numpy(), 6, 300)
+    ids, _ = packing.unpack_ids(tensors["ids"].numpy(), 6, 300)
     assert torch.equal(ids, torch.cat([rows[2].ids, rows[3].ids]))
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,13 +71,22 @@ def command(world, name, launcher, batch_size, **changes):
     return [sys.executable, "-m", *launcher, "distill", *words]
 
 
-def run(world, name, launcher, batch_size, **changes):
-    subprocess.run(
+def start(world, name, launcher, batch_size, **changes):
+    """Run to the end; not longer than five minutes, since processes may wait for each other."""
+    return subprocess.run(
         command(world, name, launcher, batch_size, **changes),
-        check=True,
-        stdout=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
     )
+
+
+def run(world, name, launcher, batch_size, **changes):
+    result = start(world, name, launcher, batch_size, **changes)
+    assert result.returncode == 0, result.stderr[-2000:]
+    if "resume" in changes:
+        assert f"continuing from {world / name / 'checkpoint-3'}" in result.stdout
     return report(world, name)
 
 
@@ -114,32 +124,83 @@ def test_two_processes_equal_one(world, one, name):
         assert two["tokens"]["control"] == one["tokens"]["control"]
         perplexity = [each["perplexity"]["control"] for each in (one, two)]
         assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-4)
-    # Half of it by two processes, the rest by one.
+
+
+def half_done(world, name):
+    """A copy of a run that was stopped after three of its six steps, which says so: the losses of
+    these are other numbers in its log."""
     folder = world / f"{name}, resumed"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world / name, folder)
     shutil.rmtree(folder / "checkpoint-6")
     shutil.rmtree(folder / "student")
-    resumed = run(world, folder.name, ["stillhouse"], 4, resume="true")
-    assert resumed["processes"] == 1
-    assert curve(resumed) == pytest.approx(curve(one), rel=1e-5)
+    path = folder / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for entry in state["log_history"]:
+        if "loss" in entry:
+            entry["taid"] = entry["loss"] = 7.0
+    path.write_text(json.dumps(state))
+    sizes = json.loads((path.parent / "complete").read_text())
+    sizes[path.name] = path.stat().st_size
+    (path.parent / "complete").write_text(json.dumps(sizes))
+    return folder.name
+
+
+RESUMED = [
+    ("DDP by torchrun", "one"),
+    ("DDP by accelerate", "one"),
+    ("FSDP2", "one"),
+    ("DDP by torchrun", "DDP by torchrun"),
+    ("FSDP2", "FSDP2"),
+    ("one", "DDP by torchrun"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), RESUMED)
+def test_half_by_some_and_the_rest_by_others(world, one, before, after):
+    """Checkpoints of two processes go on with one, with two, and those of one with two."""
+    if not (world / before / "checkpoint-3").exists():
+        run(world, before, LAUNCHERS[before], 2)
+    launcher, batch_size = (["stillhouse"], 4) if after == "one" else (LAUNCHERS[after], 2)
+    resumed = run(world, half_done(world, before), launcher, batch_size, resume="true")
+    assert resumed["processes"] == (1 if after == "one" else 2)
+    assert curve(resumed)[:3] == [7.0] * 3
+    assert curve(resumed)[3:] == pytest.approx(curve(one)[3:], rel=1e-5)
+
+
+def test_what_sharded_processes_cannot_do(world, one, tmp_path):
+    """Each is an error of all of them, at the start."""
+    name = half_done(world, "one")
+    result = start(world, name, LAUNCHERS["FSDP2"], 2, resume="true")
+    assert result.returncode != 0
+    assert "was not written by sharded processes" in result.stderr
+    result = start(world, "adapters", LAUNCHERS["FSDP2"], 2, lora_rank=2)
+    assert result.returncode != 0
+    assert "shards of adapters are not merged" in result.stderr
+    config = tmp_path / "other.yaml"
+    text = FSDP2.read_text()
+    assert "FULL_STATE_DICT" in text
+    config.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
+    launcher = [f"--config_file={config}" if "config_file" in w else w for w in LAUNCHERS["FSDP2"]]
+    result = start(world, "other", launcher, 2)
+    assert result.returncode != 0
+    assert "only FULL_STATE_DICT leaves a student" in result.stderr
 
 
 def test_no_sharding_is_no_silent_matter(world):
     """accelerate does not shard on the CPU, and does not say so."""
     launcher = [*ACCELERATE, f"--config_file={FSDP2}", "--num_processes=2", *MODULE]
-    result = subprocess.run(
-        command(world, "unsharded", launcher, 2),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"},
-    )
+    result = start(world, "unsharded", launcher, 2)
     assert result.returncode != 0
     assert "accelerate does not shard with 2 processes on cpu" in result.stderr
 
 
 def test_two_machines_equal_one(world, one):
     """Two launchers that find each other, as on two machines."""
-    words = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--master_port=29611"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--master_port={port}"]
     machines = [
         subprocess.Popen(
             command(world, "machines", [*words, f"--node_rank={rank}", *MODULE], 2),
@@ -148,5 +209,9 @@ def test_two_machines_equal_one(world, one):
         )
         for rank in range(2)
     ]
-    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    try:
+        assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
     check(report(world, "machines"), one, "DDP")

@@ -243,6 +243,40 @@ def test_broken_weights_are_not_saved(llama, arguments, examples):
         train(student, training, examples, objective)
 
 
+def test_broken_weights_of_another_process_are_an_error_here_too(llama, arguments, monkeypatch):
+    trainer = DistillTrainer(llama(), arguments(), objective=DivergenceObjective("cross_entropy"))
+    names = [name for name, _ in trainer.model.named_parameters()]
+    trainer.require_finite_weights()
+
+    def with_another(flags, reduction):
+        assert reduction == "sum"
+        return flags + torch.eye(len(flags))[3]
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", with_another)
+    with pytest.raises(NonFiniteLoss, match=f"{names[3]} has non-finite values"):
+        trainer.require_finite_weights()
+
+
+def test_a_step_with_fewer_targets_than_processes(llama, arguments, monkeypatch):
+    """One token on two processes: each adds half of its gradient, and the mean is the whole."""
+    seen = []
+
+    def objective(student, teacher, batch):
+        seen.append(float(batch["denominator"]))
+        return {"loss": student.logits.sum()}
+
+    objective.needs_teacher = False
+    trainer = DistillTrainer(llama(), arguments(), objective=objective)
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 2, raising=False)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    ids = torch.arange(8).view(1, 8)
+    labels = torch.full_like(ids, -100).index_fill(1, torch.tensor([3]), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    for count in (1, 0, 6):
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(count))
+    assert seen == [0.5, 0.5, 3.0]
+
+
 def test_seconds_and_rates(llama, arguments, examples):
     class Slow(DivergenceObjective):
         def __call__(self, *rows):

@@ -38,7 +38,7 @@ def reference(call: Call, mask: Tensor | None, want_stats: bool) -> tuple[Tensor
             z, t = _standardize(z), _standardize(t)
         target = t / teacher_temperature
         if isinstance(call.kind, TAID):
-            target = _mix(a, target, z.detach() / temperature)
+            target = mix(a, target, z.detach() / temperature)
         lp = torch.log_softmax(target, -1)
         lq = torch.log_softmax(z / temperature, -1)
         if number in _OF_LOGITS:
@@ -130,7 +130,8 @@ def _of_sparse(
     return value, stats
 
 
-def _mix(t: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+def mix(t: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
+    """TAID's target, (1 - t) student + t teacher."""
     # A weight of 0 or 1 takes one side alone: 0 * -inf is not a number.
     mixed = t * teacher + (1 - t) * student
     return torch.where(t == 0, student, torch.where(t == 1, teacher, mixed))

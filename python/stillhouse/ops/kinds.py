@@ -28,6 +28,9 @@ class Kind:
     sparse_tails: ClassVar[tuple[str, ...]] = ()  # of a SparseTeacher it can be taken to
     # Its gradient is linear in p: that of drawn columns is the dense one on average.
     linear_in_teacher: ClassVar[bool] = False
+    # A sum over columns of what their two probabilities make, or a function of such a sum: columns
+    # may be split over processes (stillhouse.distributed).
+    sums_over_columns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -96,6 +99,7 @@ class ForwardKL(Kind):
     """KL(p || q) = sum p (log p - log q): Hinton's divergence, it covers the teacher's modes."""
 
     number = 1
+    sums_over_columns = True
     sparse_tails = _ANY
     linear_in_teacher = True
     _mirror = "reverse_kl"
@@ -106,6 +110,7 @@ class ReverseKL(Kind):
     """KL(q || p) = sum q (log q - log p): it seeks modes (MiniLLM, arXiv 2306.08543)."""
 
     number = 2
+    sums_over_columns = True
     sparse_tails = _POSITIVE
     _mirror = "forward_kl"
 
@@ -120,6 +125,7 @@ class JSD(Kind):
     """
 
     number = 3
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "jsd"
     _mirrored = staticmethod(_complement)
@@ -138,6 +144,7 @@ class SkewKL(Kind):
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 4
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "skew_reverse_kl"
     alpha: Number = 0.1
@@ -148,6 +155,7 @@ class SkewReverseKL(Kind):
     """KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898; alpha = 0.1 there)."""
 
     number = 5
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "skew_kl"
     alpha: Number = 0.1
@@ -175,6 +183,7 @@ class TVD(Kind):
     """sum |p - q| / 2, one minus the acceptance rate of speculative sampling."""
 
     number = 7
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "tvd"
 
@@ -184,6 +193,7 @@ class SoftCrossEntropy(Kind):
     """-sum p log q: the gradient of forward KL, and its value plus the teacher's entropy."""
 
     number = 8
+    sums_over_columns = True
     sparse_tails = _ANY
     linear_in_teacher = True
 
@@ -193,6 +203,7 @@ class SymmetricKL(Kind):
     """(1 - weight) KL(p || q) + weight KL(q || p); weight 0.5 is half of Jeffreys' divergence."""
 
     number = 9
+    sums_over_columns = True
     sparse_tails = _POSITIVE
     _mirror = "symmetric_kl"
     _mirrored = staticmethod(_complement)
@@ -237,6 +248,7 @@ class Hellinger(Kind):
     """sum (sqrt p - sqrt q)^2, the squared distance without the factor 1/2: in [0, 2]."""
 
     number = 10
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "hellinger"
 
@@ -247,6 +259,7 @@ class Chi2(Kind):
     in float32 beyond a gap of 88 nats."""
 
     number = 11
+    sums_over_columns = True
     sparse_tails = _WHOLE
 
 
@@ -255,6 +268,7 @@ class LogAcceptance(Kind):
     """-log sum min(p, q): of the acceptance rate of speculative sampling. Right to 1e-7."""
 
     number = 12
+    sums_over_columns = True
     sparse_tails = _WHOLE
     _mirror = "log_acceptance"
 
@@ -271,6 +285,7 @@ class AlphaBeta(Kind):
     """
 
     number = 13
+    sums_over_columns = True
     sparse_tails = _POSITIVE
     variant = 23
     _mirror = "alpha_beta"
@@ -296,6 +311,7 @@ class Amari(Kind):
     alpha -> 1 and to reverse KL for alpha -> 0 (Amari, 1985)."""
 
     number = 14
+    sums_over_columns = True
     sparse_tails = _POSITIVE
     _mirror = "amari"
     _mirrored = staticmethod(_complement)
@@ -313,6 +329,7 @@ class Renyi(Kind):
     softmax of alpha log p + (1 - alpha) log q, that of `TAID(alpha)` for alpha <= 1."""
 
     number = 15
+    sums_over_columns = True
     sparse_tails = _WHOLE
     alpha: Number = 0.5
 
@@ -354,6 +371,10 @@ class MSELogits(Kind):
     @property
     def kernel_number(self) -> int:
         return self.variant if self.of == "log_probs" else self.number
+
+    @property
+    def sums_over_columns(self) -> bool:
+        return self.of == "log_probs"
 
     @property
     def parameters(self) -> tuple[Number, Number]:

@@ -82,6 +82,11 @@ def row_state(
     """
     if isinstance(teacher_logits, SparseTeacher):
         raise TypeError("the state of a part of the vocabulary takes the teacher's logits there")
+    if teacher_logits is not None and teacher_logits.shape[-1:] != student_logits.shape[-1:]:
+        raise ValueError(
+            f"the student has {student_logits.shape[-1]} columns here and the teacher "
+            f"{teacher_logits.shape[-1]}: a part has the same columns of both, without padding"
+        )
     call = check_call(
         student_logits,
         student_logits if teacher_logits is None else teacher_logits,
@@ -106,18 +111,13 @@ def row_state(
 def _plain(call: Call, two_sides: bool, mask: Tensor | None) -> RowState:
     """In plain torch, for a device without the kernel, which is said."""
     warn_without_kernel(call.student)
-    number = call.numbers.to(call.student.device).unbind()
 
-    def tempered(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        x = x.detach().double() * number[2 + side]
-        cap = number[4 + side]
-        if cap > 0:
-            x = torch.where(x > -torch.inf, cap * torch.tanh(x / cap), x)
-        x = x / number[side]
+    def relative(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        x = tempered(x, call.numbers, side)
         top = x.amax(-1, keepdim=True)
         return x - torch.where(top > -torch.inf, top, 0), top[..., 0]
 
-    (z, z_max), (t, t_max) = tempered(call.student, 0), tempered(call.teacher, 1)
+    (z, z_max), (t, t_max) = relative(call.student, 0), relative(call.teacher, 1)
 
     def cross(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(a > -torch.inf, a.exp() * (a - b), a.exp()).sum(-1)
@@ -130,6 +130,15 @@ def _plain(call: Call, two_sides: bool, mask: Tensor | None) -> RowState:
         empty = (-torch.inf, 0, -torch.inf, 0, 0, 0)
         state = [torch.where(mask, x, none) for x, none in zip(state, empty, strict=True)]
     return RowState(*state)
+
+
+def tempered(x: Tensor, numbers: Tensor, side: int) -> Tensor:
+    """Logits of the student (side 0) or the teacher (1) as a call's numbers have them: scaled,
+    capped, divided by the temperature; float64, no gradient."""
+    number = numbers.to(x.device).unbind()
+    x, cap = x.detach().double() * number[2 + side], number[4 + side]
+    capped = torch.where(x > -torch.inf, cap * torch.tanh(x / torch.where(cap > 0, cap, 1)), x)
+    return torch.where(cap > 0, capped, x) / number[side]
 
 
 def merge_row_states(*states: RowState) -> RowState:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from stillhouse import data
+from stillhouse.errors import UsageError
 from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
 from stillhouse.train import DivergenceObjective, Objective, models
 from stillhouse.train.arguments import DistillArguments
@@ -144,7 +145,7 @@ class Job:
         return student
 
     def trainer(self, name: str, objective: Objective, training: Any) -> Any:
-        """A trainer with a fresh student."""
+        """A trainer with a fresh student. Raises UsageError for adapters in shards."""
         from transformers import set_seed
 
         from stillhouse.train.trainer import DistillTrainer
@@ -155,7 +156,7 @@ class Job:
         if self.shards is not None and getattr(objective, "needs_teacher", True):
             teacher = StoredTeacher(self.shards, self.arguments.teacher_tail)
             examples = self.stored_set
-        return DistillTrainer(
+        trainer = DistillTrainer(
             self._student(),
             training,
             objective=objective,
@@ -167,6 +168,9 @@ class Job:
             processing_class=self.tokenizer,
             data_collator=functools.partial(collate, padding=0 if padding is None else padding),
         )
+        if trainer.is_fsdp_enabled and self.arguments.lora_rank:
+            raise UsageError("--lora_rank with FSDP: shards of adapters are not merged; use DDP")
+        return trainer
 
     def evaluate(self, trainer: Any) -> dict[str, float]:
         """Metrics on the held-out text, without their prefix; empty where nothing is held out."""

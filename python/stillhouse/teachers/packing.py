@@ -45,8 +45,9 @@ def pack_ids(ids: Tensor, vocab_size: int) -> np.ndarray:
     return np.packbits(each.astype(np.uint8).reshape(n, k * bits), axis=1, bitorder="little")
 
 
-def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> Tensor:
-    """The way back: int32 [n, k]. Raises ValueError for an id above the vocabulary's size."""
+def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> tuple[Tensor, bool]:
+    """The way back: int32 [n, k], and whether some are -1. Raises ValueError for an id above the
+    vocabulary's size."""
     bits, n = id_bits(vocab_size), len(packed)
     ids = np.empty((n, k), dtype=np.int32)
     if bits == 16:
@@ -63,10 +64,13 @@ def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> Tensor:
                 (n, count), "<u4", buffer, offset=(j * bits) >> 3, strides=(width, bits)
             )
             ids[:, j::8] = (words >> np.uint32((j * bits) & 7)) & np.uint32((1 << bits) - 1)
-    if n and int(ids.max()) > vocab_size:
-        raise ValueError(f"an id is {int(ids.max())}, the vocabulary has {vocab_size} columns")
+    largest = int(ids.max()) if n else 0
+    if largest > vocab_size:
+        raise ValueError(f"an id is {largest}, the vocabulary has {vocab_size} columns")
     found = torch.from_numpy(ids)
-    return found.masked_fill_(found == vocab_size, -1)
+    if largest == vocab_size:  # it costs as much as all of the above
+        found.masked_fill_(found == vocab_size, -1)
+    return found, largest == vocab_size
 
 
 def pack_values(log_probs: Tensor, values: str) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +104,9 @@ def pack_values(log_probs: Tensor, values: str) -> tuple[np.ndarray, np.ndarray]
 def unpack_values(stored: np.ndarray, scale: np.ndarray, values: str) -> Tensor:
     """The way back, float32 [n, k], with anything where there is no column."""
     if values == "compact":
-        top, spread = torch.from_numpy(scale)[:, :1], torch.from_numpy(scale)[:, 1:]
+        top, spread = torch.from_numpy(scale).split(1, -1)
         codes = torch.from_numpy(stored).float()
-        return torch.addcmul(top, codes.square_(), spread, value=-1 / _STEPS**2)
+        return codes.square_().mul_(spread * (-1 / _STEPS**2)).add_(top)
     if values == "bf16":
         return torch.from_numpy(stored).view(torch.bfloat16).float()
     return torch.from_numpy(stored).float()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -55,8 +56,8 @@ class DistillTrainer(Trainer):
     `eval_forward_kl`, `eval_reverse_kl`, `eval_acceptance`, `eval_agreement`.
 
     Raises ValueError where the objective needs a teacher and there is none, for several GPUs in one
-    process, and where FSDP was asked for and accelerate would not shard; NonFiniteLoss while
-    training.
+    process, where FSDP was asked for and accelerate would not shard, and for an FSDP configuration
+    or an objective that sharded processes could not save; NonFiniteLoss while training.
     """
 
     def __init__(
@@ -88,13 +89,16 @@ class DistillTrainer(Trainer):
             args.dataloader_pin_memory = False  # it would warn that there is nothing to pin for
         options.setdefault("data_collator", collate)
         super().__init__(model, args, compute_metrics=_summary, **options)
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not self.is_fsdp_enabled:
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+        if asked and not self.is_fsdp_enabled:
             raise ValueError(
                 f"FSDP was asked for, but accelerate does not shard with {args.world_size} "
                 f"processes on {args.device.type}: each would hold a whole copy; use DDP "
                 "(--multi_gpu)"
             )
         self.objective = objective
+        if self.is_fsdp_enabled:
+            self._check_sharding()
         self.vocab_size = vocab_size
         # Ours is a per-token mean over the whole step, of labels counted from the second on.
         self.model_accepts_loss_kwargs = True
@@ -114,6 +118,19 @@ class DistillTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(TrainingProgress(name))
 
+    def _check_sharding(self) -> None:
+        kind = self.accelerator.state.fsdp_plugin.state_dict_type
+        if kind != StateDictType.FULL_STATE_DICT:
+            raise ValueError(
+                f"fsdp_state_dict_type is {kind.name}: only FULL_STATE_DICT leaves a student and "
+                "checkpoints that can be read as they are"
+            )
+        if self.objective_parameters():
+            raise ValueError(
+                f"{type(self.objective).__name__} has parameters of its own, which FSDP does not "
+                "take into the student's optimiser: use DDP"
+            )
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -122,14 +139,13 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         batch, index = self._prepare(inputs)
-        count = torch.as_tensor(index.row.numel(), device=self.args.device)
-        if num_items_in_batch is not None:
-            count = torch.as_tensor(num_items_in_batch, device=self.args.device)
-            if self.args.average_tokens_across_devices:
-                # Gradients are averaged over ranks, and this mean is over all ranks' tokens.
-                count = count / self.accelerator.num_processes
+        count = index.row.numel() if num_items_in_batch is None else num_items_in_batch
         # A step without any target has the loss 0, not 0 / 0.
-        batch["denominator"] = count.clamp(min=1)
+        count = torch.as_tensor(count, device=self.args.device).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over ranks, and this mean is over all ranks' tokens.
+            count = count / self.accelerator.num_processes
+        batch["denominator"] = count
         with self.clock.measure("teacher"):
             teacher = self.teacher(batch, index) if self.needs_teacher else None
 
@@ -286,6 +302,11 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         whole = Path(checkpoint) / WHOLE_WEIGHTS
+        if self.is_fsdp_enabled and not is_whole(checkpoint):
+            raise ValueError(
+                f"{checkpoint} was not written by sharded processes, which cannot go on with it: "
+                "resume without FSDP, or give the student folder to --student"
+            )
         if self.is_fsdp_enabled or not whole.is_file():
             super()._load_from_checkpoint(checkpoint, model)
             return
@@ -335,13 +356,17 @@ class DistillTrainer(Trainer):
             )
 
     def require_finite_weights(self) -> None:
-        """Raise NonFiniteLoss where a weight is NaN or infinite."""
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter.detach()).all():
-                raise NonFiniteLoss(
-                    f"{name} has non-finite values after step {self.state.global_step}, nothing "
-                    f"was saved: {self._last_good()}. Usual cause: a learning rate too high"
-                )
+        """Raise NonFiniteLoss, on all processes, where a weight of one is NaN or infinite."""
+        named = dict(self.model.named_parameters())
+        own = (getattr(each, "_local_tensor", each).detach() for each in named.values())
+        broken = torch.stack([~torch.isfinite(each).all() for each in own]).float()
+        broken = self.accelerator.reduce(broken, "sum")
+        if broken.any():
+            name = list(named)[int(broken.argmax())]
+            raise NonFiniteLoss(
+                f"{name} has non-finite values after step {self.state.global_step}, nothing "
+                f"was saved: {self._last_good()}. Usual cause: a learning rate too high"
+            )
 
     def _last_good(self) -> str:
         path = newest_complete(self.args.output_dir)
