@@ -62,6 +62,25 @@ STILLHOUSE_LIBRARY(m) {
         "bool want_bias) "
         "-> (Tensor loss, Tensor stats, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
 #undef SH_LINEAR
+  // Entropic transport of G problems (csrc/sinkhorn): costs [G, n, m], or points [G, n, d] and [G, m, d] with a
+  // ground cost. numbers: float64 [5] on the CPU, in the order of problem.h; the other integers are those of
+  // kernel.h. lengths: int64 [G, 2]. Gives value, plan, f, g, iterations_used, marginal_error and exponents of
+  // every iteration [G, iterations, n + m]; what is not wanted is [0].
+  m.def(
+      "sinkhorn(Tensor cost, Tensor? other, Tensor? a, Tensor? b, Tensor? lengths, Tensor numbers, "
+      "int iterations, int ground, int domain, int objective, int mode, bool want_plan) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // To costs or points, the other points, and marginals.
+  m.def(
+      "sinkhorn_gradient(Tensor upstream, Tensor cost, Tensor? other, Tensor? a, Tensor? b, "
+      "Tensor? lengths, Tensor numbers, Tensor f, Tensor g, Tensor used, Tensor history, "
+      "int iterations, int ground, int domain, int objective, int mode, bool want_cost, "
+      "bool want_other, bool want_marginals) -> (Tensor, Tensor, Tensor, Tensor)");
+  // sum_k |x_ik - y_jk| of rows [G, n, d] and [G, m, d], and its gradient to either side.
+  m.def("pairwise_l1(Tensor x, Tensor y) -> Tensor");
+  m.def(
+      "pairwise_l1_gradient(Tensor upstream, Tensor x, Tensor y, bool want_x, bool want_y) "
+      "-> (Tensor, Tensor)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

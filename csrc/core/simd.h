@@ -224,6 +224,10 @@ using Lane = typename LaneOf<Real>::type;
 template <class Real>
 constexpr int64_t kWidth = sizeof(Lane<Real>) / sizeof(Real);
 
+// Elements that a loop over a row takes at a time; rows in scratch are padded to a multiple of it.
+constexpr int64_t kLanes = 32;
+SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 // In front of a short loop over lanes: to be unrolled where they are vectors, else to become one.
 #if defined(__AVX512F__)
 #define SH_STEPS _Pragma("GCC unroll 2")

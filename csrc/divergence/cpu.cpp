@@ -20,6 +20,8 @@ namespace stillhouse {
 namespace STILLHOUSE_ISA {
 namespace {
 
+#include "../core/lanes.h"
+
 #include "source.h"
 
 #include "label.h"

@@ -12,7 +12,6 @@ namespace stillhouse {
 
 constexpr int kStats = 7;
 constexpr int64_t kBlock = 2048;  // elements widened and worked on at a time; two buffers fit in L1
-constexpr int64_t kLanes = 32;    // blocks are padded with -inf to a multiple of this
 
 struct Logits {
   Rows rows;
@@ -77,8 +76,6 @@ template <class Real>
 SH_INLINE Real row_weight(const Problem<Real>& p, int64_t r) {
   return p.weight != nullptr ? p.weight[r] : Real(1);
 }
-
-SH_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Whether rows are taken kLanes at a time.
 template <class Real>

@@ -1,10 +1,6 @@
 // The divergence kernels of the CPU: threads, scratch, and the ops' registration.
-#include <sys/mman.h>
-
-#include <cstdlib>
-#include <memory>
-
 #include "../core/isa.h"
+#include "../core/memory.h"
 #include "problem.h"
 
 namespace stillhouse {
@@ -34,29 +30,6 @@ const DivergenceKernels& kernels() {
                                                      nullptr};
 #endif
   return by_isa(tables);
-}
-
-// Page faults of a fresh gradient cost as much as the kernel; huge pages make them 512 times fewer.
-void advise_huge_pages(const Tensor& x, int64_t bytes) {
-  constexpr uintptr_t kHugePage = 1 << 21;
-  const uintptr_t begin =
-      (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + bytes) & ~(kHugePage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-// One buffer a thread, kept: pages that were faulted in once stay in L2.
-void* thread_scratch(int64_t bytes) {
-  struct Buffer {
-    std::unique_ptr<char[]> data;
-    int64_t bytes = 0;
-  };
-  thread_local Buffer buffer;
-  if (buffer.bytes < bytes) {
-    buffer.data.reset(new char[bytes]);
-    buffer.bytes = bytes;
-  }
-  return buffer.data.get();
 }
 
 void run(const Problem<float>& p, int64_t lo, int64_t hi, void* scratch) {

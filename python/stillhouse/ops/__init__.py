@@ -33,6 +33,7 @@ from .kinds import (
 )
 from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
 from .row_state import RowState, merge_row_states, row_state
+from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "Stats",
     "SupportKL",
     "SymmetricKL",
+    "Transport",
     "as_kind",
     "cpu_level",
     "divergence",
@@ -73,5 +75,8 @@ __all__ = [
     "linear_divergence",
     "linear_divergence_loss",
     "merge_row_states",
+    "pairwise_l1",
     "row_state",
+    "sinkhorn",
+    "sinkhorn_points",
 ]

@@ -66,7 +66,7 @@ def _for_each_side(name: str, value: object, none: float) -> tuple[Number, Numbe
     return student, teacher
 
 
-def _pack(numbers: list[Number]) -> Tensor:
+def pack(numbers: list[Number]) -> Tensor:
     if any(isinstance(n, Tensor) for n in numbers):
         return torch.stack(
             [torch.as_tensor(n).detach().to("cpu", torch.float64).reshape(()) for n in numbers]
@@ -157,7 +157,7 @@ def check_call(
         kind.factor(width if vocab_size is None else vocab_size),
     ]
     vocab = -1 if vocab_size is None else vocab_size
-    call = Call(student, teacher, kind, _pack(numbers), labels, vocab, result)
+    call = Call(student, teacher, kind, pack(numbers), labels, vocab, result)
     if sparse is None:
         return call
     ids, log_probs = sparse.packed()

@@ -42,10 +42,10 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type in devices
 
 
-def warn_without_kernel(x: Tensor) -> None:
+def warn_without_kernel(x: Tensor, family: str = "divergence") -> None:
     """Say what a tensor of another device gets."""
     warnings.warn(
-        f"stillhouse has no divergence kernel for {x.device.type}: the plain torch "
+        f"stillhouse has no {family} kernel for {x.device.type}: the plain torch "
         "reference runs, with the memory and time of plain torch",
         stacklevel=4,
     )

@@ -1,0 +1,175 @@
+// Entropic transport on the CPU. Compiled once per instruction set, in a namespace of its own: no torch header and no
+// standard-library template here, or the linker might keep the AVX-512 copy of a shared inline function and run it on a
+// machine without AVX-512.
+//
+// A problem goes through steps, each a sweep over its rows in blocks of kBlockRows. Blocks leave sums of their own, which
+// are added up in the blocks' order: results do not depend on the number of threads.
+#include <type_traits>
+
+#include "kernel.h"
+
+namespace stillhouse {
+namespace STILLHOUSE_ISA {
+namespace {
+
+#include "../core/lanes.h"
+
+#include "costs.h"
+
+#include "solve.h"
+
+#include "reverse.h"
+
+#include "resident.h"
+
+#include "pairwise.h"
+
+template <class Real>
+void block_rows(const Task<Real>& t, int64_t block, const RowScratch<Real>& w) {
+  const int64_t width = padded(t.m);
+  Real* const columns = t.columns + block * width;
+  double* const sums = t.of_block + 4 * block;
+  fill(columns, width, t.step == Step::column_maxima ? Real(-INFINITY) : Real(0));
+  fill(sums, 4, 0.);
+  if (t.step == Step::gradient && t.other_points != nullptr) {
+    const int64_t size = t.batch->other.width * padded(t.batch->m);
+    fill(t.other_points + block * size, size, Real(0));
+  }
+  const int64_t first = block * kBlockRows;
+  const int64_t last = first + kBlockRows < t.n ? first + kBlockRows : t.n;
+  for (int64_t i = first; i < last; ++i) {
+    switch (t.step) {
+      case Step::largest: {
+        const Real* cost = cost_row(t, i, w);
+        for (int64_t j = 0; j < t.m; ++j)
+          if (double(cost[j]) > sums[3] && cost[j] < INFINITY) sums[3] = double(cost[j]);
+        break;
+      }
+      case Step::rows:
+        update_row(t, i, w, columns, sums[0]);
+        break;
+      case Step::column_maxima:
+        column_maxima(t, i, w, columns);
+        break;
+      case Step::column_sums:
+        column_sums(t, i, w, columns);
+        break;
+      case Step::result:
+        result_row(t, i, w, t.lambda_b != 1 ? columns : nullptr, sums);
+        break;
+      case Step::sums:
+        plan_sums_row(t, i, w, columns);
+        break;
+      case Step::seeds:
+        seeds_row(t, i, w, columns);
+        break;
+      case Step::reverse:
+        reverse_row(t, i, w, columns);
+        break;
+      case Step::conjugate:
+        conjugate_row(t, i, w, columns);
+        break;
+      case Step::gradient:
+        gradient_row(t, block, i, w);
+        break;
+      case Step::done:
+        break;
+    }
+  }
+}
+
+template <class Real>
+void rows(const Task<Real>& t, int64_t lo, int64_t hi, void* scratch) {
+  const RowScratch<Real> w(*t.batch, scratch);
+  for (int64_t block = lo; block < hi; ++block) block_rows(t, block, w);
+}
+
+// What the gradient begins with, at the solution that it is taken at.
+template <class Real>
+void start_gradient(Task<Real>& t) {
+  const Batch<Real>& b = *t.batch;
+  restore(t);
+  const bool gives_way = b.rho_a < INFINITY || b.rho_b < INFINITY;
+  if (b.mode == kImplicit || (b.objective == kEntropic && gives_way)) {
+    t.step = Step::sums;
+    return;
+  }
+  if (by_sides(t)) set_side_seeds(t);
+  t.step = b.mode == kEnvelope ? Step::gradient : Step::seeds;
+}
+
+template <class Real>
+void begin(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
+  start_task(t, group);
+  if (solved_resident(t, gradient, RowScratch<Real>(*t.batch, scratch))) return;
+  t.epsilon = 0;
+  if (t.batch->annealing > 0)
+    t.step = Step::largest;
+  else if (gradient)
+    start_gradient(t);
+  else
+    start_iterations(t);
+}
+
+template <class Real>
+void next(Task<Real>& t, bool gradient) {
+  const Batch<Real>& b = *t.batch;
+  switch (t.step) {
+    case Step::largest:
+      t.start = block_total(t, 3, true);
+      return gradient ? start_gradient(t) : start_iterations(t);
+    case Step::rows:
+      return after_rows(t);
+    case Step::column_maxima:
+      return after_maxima(t);
+    case Step::column_sums:
+      return after_sums(t);
+    case Step::result:
+      return after_result(t);
+    case Step::sums:
+      add_blocks(t);
+      for (int64_t j = 0; j < padded(t.m); ++j) t.column_sums[j] = Real(t.totals[j]);
+      if (by_sides(t)) set_side_seeds(t);
+      t.step = b.mode == kEnvelope ? Step::gradient : Step::seeds;
+      return;
+    case Step::seeds:
+      if (b.mode == kImplicit) {
+        start_solver(t);
+        t.step = t.product > 0 ? Step::conjugate : Step::gradient;
+        return;
+      }
+      take_bar_beta(t, t.iteration, 1);
+      load_iteration(t, t.iteration);
+      t.step = Step::reverse;
+      return;
+    case Step::reverse:
+      if (t.iteration > 1) {
+        const int64_t before = t.iteration - 1;
+        take_bar_beta(t, before, annealed(t, before) / t.epsilon);
+        return load_iteration(t, before);
+      }
+      restore(t);
+      t.step = Step::gradient;
+      return;
+    case Step::conjugate:
+      if (advance_solver(t)) t.step = Step::gradient;
+      return;
+    case Step::gradient:
+      return after_gradient(t);
+    case Step::done:
+      return;
+  }
+}
+
+}  // namespace
+
+extern const SinkhornKernels sinkhorn_kernels;
+const SinkhornKernels sinkhorn_kernels = {{begin<float>, rows<float>, next<float>},
+                                          {begin<double>, rows<double>, next<double>},
+                                          pairwise_l1<float>,
+                                          pairwise_l1<double>,
+                                          pairwise_l1_gradient<float>,
+                                          pairwise_l1_gradient<double>};
+
+}  // namespace STILLHOUSE_ISA
+}  // namespace stillhouse

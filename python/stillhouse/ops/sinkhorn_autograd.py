@@ -1,0 +1,136 @@
+"""The registered ops of entropic transport: their shapes for the compiler, their derivatives.
+
+All ride on one kernel (csrc/sinkhorn). Numbers that may change during training travel in a float64
+[5] tensor, so that nothing recompiles.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import divergence_autograd
+
+# In the order of the kernel's numbers (csrc/sinkhorn/kernel.h).
+GROUNDS = ("matrix", "l1", "sqeuclidean", "euclidean")
+DOMAINS = ("auto", "kernel", "log")
+VALUES = ("transport", "entropic")
+GRADIENTS = ("unrolled", "implicit", "envelope")
+
+
+def has_kernel(x):
+    """Whether a kernel of this family is built for this tensor's device."""
+    return x.is_cpu
+
+
+def wide_type(x):
+    """The dtype of results: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_sinkhorn(
+    cost, other, a, b, lengths, numbers, iterations, ground, domain, objective, gradient, plan
+):
+    groups, n, m = *cost.shape[:2], cost.shape[2] if other is None else other.shape[1]
+
+    def output(*shape, wanted=True, dtype=None):
+        return cost.new_empty(shape if wanted else (0,), dtype=dtype or wide_type(cost))
+
+    return (
+        output(groups),
+        output(groups, n, m, wanted=plan),
+        output(groups, n),
+        output(groups, m),
+        output(groups, dtype=torch.int64),
+        output(groups),
+        output(groups, iterations, n + m, wanted=gradient == GRADIENTS.index("unrolled")),
+    )
+
+
+def _fake_gradient(upstream, cost, other, *rest):
+    want_cost, want_other, want_marginals = rest[-3:]
+    m = cost.shape[2] if other is None else other.shape[1]
+
+    def output(wanted, like, *shape, dtype=None):
+        return like.new_empty(shape if wanted else (0,), dtype=dtype or like.dtype)
+
+    return (
+        output(want_cost, cost, *cost.shape),
+        output(want_other, cost, *(() if other is None else other.shape)),
+        output(want_marginals, cost, *cost.shape[:2], dtype=wide_type(cost)),
+        output(want_marginals, cost, cost.shape[0], m, dtype=wide_type(cost)),
+    )
+
+
+def _setup(ctx, inputs, output):
+    cost, other, a, b, lengths, numbers, *rest = inputs
+    _, _, f, g, used, _, history = output
+    *ctx.rest, ctx.gradient, _ = rest
+    ctx.save_for_backward(cost, other, a, b, lengths, numbers, f, g, used, history)
+
+
+def _backward(ctx, upstream, *_):
+    cost, other, a, b, lengths, numbers, f, g, used, history = ctx.saved_tensors
+    of_cost, of_other, of_a, of_b = ctx.needs_input_grad[:4]
+    found = divergence_autograd.kernels().sinkhorn_gradient(
+        upstream.contiguous(),
+        cost,
+        other,
+        a,
+        b,
+        lengths,
+        numbers,
+        f,
+        g,
+        used,
+        history,
+        *ctx.rest,
+        ctx.gradient,
+        of_cost,
+        of_other,
+        of_a or of_b,
+    )
+    wanted = (of_cost, of_other, of_a, of_b)
+    shown = (each if want else None for each, want in zip(found, wanted, strict=True))
+    return *shown, *([None] * 8)
+
+
+def _setup_pairs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_pairs(ctx, upstream):
+    x, y = ctx.saved_tensors
+    op = divergence_autograd.kernels().pairwise_l1_gradient
+    found = op(upstream.contiguous(), x, y, *ctx.needs_input_grad)
+    shown = zip(found, ctx.needs_input_grad, strict=True)
+    return tuple(each if wanted else None for each, wanted in shown)
+
+
+def _fake_pairs_gradient(upstream, x, y, want_x, want_y):
+    return tuple(
+        each.new_empty(each.shape if want else (0,)) for each, want in ((x, want_x), (y, want_y))
+    )
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise RuntimeError("the gradient of a transport problem has no gradient of its own")
+
+
+def register(namespace: str) -> None:
+    """Shapes and derivatives of the ops whose schemas csrc/ops.cpp has put into this namespace."""
+    fakes = {
+        "sinkhorn": _fake_sinkhorn,
+        "sinkhorn_gradient": _fake_gradient,
+        "pairwise_l1": lambda x, y: x.new_empty((*x.shape[:2], y.shape[1]), dtype=wide_type(x)),
+        "pairwise_l1_gradient": _fake_pairs_gradient,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    autograd = torch.library.register_autograd
+    autograd(f"{namespace}::sinkhorn", _backward, setup_context=_setup)
+    autograd(f"{namespace}::sinkhorn_gradient", _no_second_derivative)
+    autograd(f"{namespace}::pairwise_l1", _backward_pairs, setup_context=_setup_pairs)
+    autograd(f"{namespace}::pairwise_l1_gradient", _no_second_derivative)
+
+
+register("stillhouse")
