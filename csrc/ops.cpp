@@ -62,10 +62,11 @@ STILLHOUSE_LIBRARY(m) {
         "bool want_bias) "
         "-> (Tensor loss, Tensor stats, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
 #undef SH_LINEAR
-  // Entropic transport of G problems (csrc/sinkhorn): costs [G, n, m], or points [G, n, d] and [G, m, d] with a
-  // ground cost. numbers: float64 [5] on the CPU, in the order of problem.h; the other integers are those of
-  // kernel.h. lengths: int64 [G, 2]. Gives value, plan, f, g, iterations_used, marginal_error and exponents of
-  // every iteration [G, iterations, n + m]; what is not wanted is [0].
+  // Entropic transport of G problems (csrc/sinkhorn): costs [G, n, m], or points [G, n, d] and
+  // [G, m, d] with a ground cost. numbers: float64 [5] on the CPU, in the order of problem.h; the
+  // other integers are those of kernel.h. lengths: int64 [G, 2]. Gives value, plan, f, g,
+  // iterations_used, marginal_error and exponents of every iteration [G, iterations, n + m]; what
+  // is not wanted is [0].
   m.def(
       "sinkhorn(Tensor cost, Tensor? other, Tensor? a, Tensor? b, Tensor? lengths, Tensor numbers, "
       "int iterations, int ground, int domain, int objective, int mode, bool want_plan) "

@@ -1,9 +1,9 @@
-// Rows in steps of kLanes elements: sums and maxima of lanes, and elements of any type widened to them.
-// Included by a family's cpu.cpp inside the namespace of its instruction set.
+// Rows in steps of kLanes elements: sums and maxima of lanes, and elements of any type widened to
+// them. Included by a family's cpu.cpp inside the namespace of its instruction set.
 #pragma once
 
-// A number for each of kLanes lanes: sums of a long row, folded once a block, or what belongs to each
-// of kLanes short rows.
+// A number for each of kLanes lanes: sums of a long row, folded once a block, or what belongs to
+// each of kLanes short rows.
 template <class Real>
 constexpr int64_t kSteps = kLanes / kWidth<Real>;
 template <class Real>

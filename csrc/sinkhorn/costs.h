@@ -89,12 +89,14 @@ void transpose_points(Task<Real>& t) {
   }
 }
 
-// Hands on the derivative with respect to a row of costs, w.weight: to the matrix, or to the points.
+// Hands on the derivative with respect to a row of costs, w.weight: to the matrix, or to the
+// points.
 template <class Real>
 void leave_gradient(const Task<Real>& t, int64_t block, int64_t i, const Real* cost,
                     const RowScratch<Real>& w) {
   const Batch<Real>& b = *t.batch;
   const int64_t r = t.group * b.n + i;
+  if (b.d_cost.data == nullptr && t.other_points == nullptr) return;  // of marginals alone
   if (b.ground == kMatrix) {
     with_type(b.d_cost.dtype, b.d_cost.row(r), [&](auto* out) {
       narrow_first(t.m, w.weight, out);

@@ -1,9 +1,10 @@
-// Entropic transport on the CPU. Compiled once per instruction set, in a namespace of its own: no torch header and no
-// standard-library template here, or the linker might keep the AVX-512 copy of a shared inline function and run it on a
-// machine without AVX-512.
+// Entropic transport on the CPU. Compiled once per instruction set, in a namespace of its own: no
+// torch header and no standard-library template here, or the linker might keep the AVX-512 copy of
+// a shared inline function and run it on a machine without AVX-512.
 //
-// A problem goes through steps, each a sweep over its rows in blocks of kBlockRows. Blocks leave sums of their own, which
-// are added up in the blocks' order: results do not depend on the number of threads.
+// A problem goes through steps, each a sweep over its rows in blocks of kBlockRows. Blocks leave
+// sums of their own, which are added up in the blocks' order: results do not depend on the number
+// of threads.
 #include <type_traits>
 
 #include "kernel.h"

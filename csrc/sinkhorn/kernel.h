@@ -1,5 +1,5 @@
-// What crosses from op.cpp (torch tensors) to cpu.cpp (one copy an instruction set): a batch of transport
-// problems, one of them at work, and the steps it goes through.
+// What crosses from op.cpp (torch tensors) to cpu.cpp (one copy an instruction set): a batch of
+// transport problems, one of them at work, and the steps it goes through.
 #pragma once
 #include <cstdint>
 
@@ -41,8 +41,8 @@ struct Batch {
   int64_t iterations;
 
   // Out; f and g are also the gradient's input, as `used` and `history` are. [G] each, [G, n] and
-  // [G, m]; the plan [G, n, m] or null; exponents of both sides after each iteration, [G, iterations,
-  // n + m], or null.
+  // [G, m]; the plan [G, n, m] or null; exponents of both sides after each iteration, [G,
+  // iterations, n + m], or null.
   Real *value, *error, *f, *g, *history, *plan;
   int64_t* used;
 
@@ -73,8 +73,9 @@ enum class Step : int32_t {
   gradient,   // of costs
 };
 
-// One problem at work. Exponents: of a side, log2 of the scalings u and v of K = e^(-cost / epsilon), that
-// is potentials over epsilon in units of log 2. All pointers but the batch's are scratch.
+// One problem at work. Exponents: of a side, log2 of the scalings u and v of K = e^(-cost /
+// epsilon), that is potentials over epsilon in units of log 2. All pointers but the batch's are
+// scratch.
 template <class Real>
 struct Task {
   const Batch<Real>* batch;
@@ -140,7 +141,8 @@ SH_INLINE int64_t row_scratch_bytes(const Batch<Real>& b) {
   return (3 * padded(b.m) + 2 * padded(b.cost.width)) * int64_t(sizeof(Real)) + 64;
 }
 
-// begin(): the first step of a group. rows(): a step's work on blocks [lo, hi). next(): what follows.
+// begin(): the first step of a group. rows(): a step's work on blocks [lo, hi). next(): what
+// follows.
 template <class Real>
 struct SinkhornSteps {
   void (*begin)(Task<Real>&, int64_t group, bool gradient, void* scratch);

@@ -45,7 +45,8 @@ void l1_row(const Pairs<Real>& p, int64_t group, int64_t i, Real* x_tile, Real* 
   }
 }
 
-// d_x = sum_j upstream_j sign(x - y_j) of row i; `from` is the other side, upstream has this stride.
+// d_x = sum_j upstream_j sign(x - y_j) of row i; `from` is the other side, upstream has this
+// stride.
 template <class Real>
 void l1_gradient_row(const Pairs<Real>& p, const Matrix& own, const Matrix& from, const Matrix& to,
                      int64_t at, int64_t first, int64_t count, const Real* upstream, int64_t stride,

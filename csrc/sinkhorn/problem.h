@@ -8,7 +8,8 @@
 
 namespace stillhouse {
 
-// The order in which Python packs `numbers`; infinite rho: balanced, no annealing: 0, no tolerance: -1.
+// The order in which Python packs `numbers`; infinite rho: balanced, no annealing: 0, no tolerance:
+// -1.
 enum TransportNumber { kEpsilon, kRhoA, kRhoB, kAnnealing, kTolerance, kTransportNumbers };
 
 struct TransportArguments {

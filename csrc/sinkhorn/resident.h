@@ -1,8 +1,9 @@
-// Small problems in the kernel domain: K = e^(-cost / epsilon) and its transpose stay in cache, and an iteration is two
-// products with vectors. Included by cpu.cpp inside the namespace of its instruction set.
+// Small problems in the kernel domain: K = e^(-cost / epsilon) and its transpose stay in cache, and
+// an iteration is two products with vectors. Included by cpu.cpp inside the namespace of its
+// instruction set.
 //
-// Scalings must stay within what floats hold: costs / epsilon of at most 80, sums in range. Where they do not, the
-// problem is solved by the sweeps of solve.h instead.
+// Scalings must stay within what floats hold: costs / epsilon of at most 80, sums in range. Where
+// they do not, the problem is solved by the sweeps of solve.h instead.
 #pragma once
 
 // out = sum_r x_r matrix_r, of rows of `width`, a multiple of kLanes.
@@ -81,8 +82,9 @@ struct Resident {
   Real *u, *v, *a, *b;        // scalings and marginals; 0 beyond n and m
   Real *row_sums, *column_sums;
   Real* costs;  // [rows, width] of points, or null
-  // Of the gradient, which is K times their product: of each iteration the rows' scalings and adjoints, [terms, rows]
-  // and its transpose, and the columns' adjoints and scalings before it, [terms, width].
+  // Of the gradient, which is K times their product: of each iteration the rows' scalings and
+  // adjoints, [terms, rows] and its transpose, and the columns' adjoints and scalings before it,
+  // [terms, width].
   Real *of_rows, *left, *right;
 
   explicit Resident(Task<Real>& t) : t(t), rows(padded(t.batch->n)), width(padded(t.batch->m)) {
@@ -226,7 +228,8 @@ struct Resident {
     leave_solution(t, value, error);
   }
 
-  // A side's part of <P, C> + epsilon sum P (log P - 1), in which the costs cancel, and of what its marginals cost.
+  // A side's part of <P, C> + epsilon sum P (log P - 1), in which the costs cancel, and of what its
+  // marginals cost.
   double of_side(int64_t n, const Real* scaling, const Real* sums, const Real* mass,
                  double rho) const {
     double value = 0;
@@ -240,6 +243,17 @@ struct Resident {
 
   double off() const {
     double most = 0;
+    if (t.lambda_a == 1) {
+      Lanes<Real> top;
+      const Lane<Real> none{Real(0)};
+      each_step<Real>(rows, [&](int64_t i, int64_t at) {
+        const Lane<Real> m = lane(a + i);
+        const Lane<Real> own = lane(u + i) * lane(row_sums + i) - m;
+        top[at] = larger(select(m > none, magnitude(own), none), top[at]);
+      });
+      for (int64_t s = 1; s < kSteps<Real>; ++s) top[0] = larger(top[s], top[0]);
+      return double(max_of(top[0]));
+    }
     for (int64_t i = 0; i < t.n; ++i) {
       if (!(a[i] > 0)) continue;
       const double own = double(u[i]) * double(row_sums[i]) -
@@ -262,7 +276,8 @@ struct Resident {
     return fold_sum(wrong) == 0;
   }
 
-  // out = lambda bar / sum, with the sums that an iteration's scalings were made from: mass / scaling^(1 / lambda).
+  // out = lambda bar / sum, with the sums that an iteration's scalings were made from: mass /
+  // scaling^(1 / lambda).
   static void over_sums(int64_t n, const Real* bar, const Real* scaling, const Real* mass,
                         double lambda, Real* out) {
     const Lane<Real> none{Real(0)}, by{Real(lambda)}, power{Real(kLog2e / lambda)};

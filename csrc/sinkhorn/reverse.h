@@ -4,9 +4,10 @@
 // With natural logarithms A, B of the scalings and C / epsilon = M, an iteration is
 //   A_i = lambda_a (log a_i - log r_i),  r_i = sum_j e^(B'_j - M_ij)     B': of the iteration before
 //   B_j = lambda_b (log b_j - log s_j),  s_j = sum_i e^(A_i - M_ij)
-// and S_ij = e^(B'_j - M_ij) / r_i, T_ij = e^(A_i - M_ij) / s_j are what derivatives are made of: dA = lambda_a (da / a
-// - S (dB' - dM)), dB = lambda_b (db / b - T^t (dA - dM)). Adjoints go back from the last iteration, each a sweep; all
-// of them together make the gradient of a row of costs in one last sweep.
+// and S_ij = e^(B'_j - M_ij) / r_i, T_ij = e^(A_i - M_ij) / s_j are what derivatives are made of:
+// dA = lambda_a (da / a - S (dB' - dM)), dB = lambda_b (db / b - T^t (dA - dM)). Adjoints go back
+// from the last iteration, each a sweep; all of them together make the gradient of a row of costs
+// in one last sweep.
 #pragma once
 
 // log2 of 1 / r_i and 1 / s_j of an iteration, from the exponents that it left.
@@ -94,8 +95,8 @@ Real* adjoint_rows(const Task<Real>& t) {
   return t.bar_alpha + (t.batch->mode == kUnrolled ? t.iteration - 1 : 0) * padded(t.batch->n);
 }
 
-// The seeds of the last iteration's adjoints: sums of P G over columns and rows. Where the fixed point is solved for,
-// without what the rows answer for.
+// The seeds of the last iteration's adjoints: sums of P G over columns and rows. Where the fixed
+// point is solved for, without what the rows answer for.
 template <class Real>
 void seeds_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* columns) {
   const Real upstream = t.batch->upstream[t.group];
@@ -110,7 +111,8 @@ void seeds_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* 
 
 // ---- unrolled
 
-// Back through an iteration: from bar_beta to bar_alpha and, over the columns, to bar_beta before it.
+// Back through an iteration: from bar_beta to bar_alpha and, over the columns, to bar_beta before
+// it.
 template <class Real>
 void reverse_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* columns) {
   const Batch<Real>& b = *t.batch;
@@ -174,8 +176,8 @@ void take_bar_beta(Task<Real>& t, int64_t iteration, double factor) {
   }
 }
 
-// Adds an iteration's part to the gradient of a row of costs: (lambda_b bar_beta_j T_ij + lambda_a bar_alpha_i S_ij) /
-// epsilon.
+// Adds an iteration's part to the gradient of a row of costs: (lambda_b bar_beta_j T_ij + lambda_a
+// bar_alpha_i S_ij) / epsilon.
 template <class Real>
 void add_iteration(const Task<Real>& t, int64_t k, int64_t i, const Real* cost, Real* weight) {
   const Batch<Real>& b = *t.batch;

@@ -1,9 +1,10 @@
 // The steps of a problem's solution, over sweeps of the costs: nothing but potentials is stored.
 // Included by cpu.cpp inside the namespace of its instruction set.
 //
-// An iteration is one sweep. A row's e_j = 2^(alpha_i + beta_j - c_ij) is the plan's row of the iteration
-// before; its sum gives the new alpha_i, whose factor makes the row of the plan that the columns' sums are
-// taken of. So every element has one exponential, whether rows or columns are updated.
+// An iteration is one sweep. A row's e_j = 2^(alpha_i + beta_j - c_ij) is the plan's row of the
+// iteration before; its sum gives the new alpha_i, whose factor makes the row of the plan that the
+// columns' sums are taken of. So every element has one exponential, whether rows or columns are
+// updated.
 #pragma once
 
 constexpr double kLeastSum = 1e-18, kMostSum = 1e18;  // else a row or column is taken once more
@@ -83,14 +84,15 @@ bool in_range(Real sum) {
   return sum >= Real(kLeastSum) && sum <= Real(kMostSum);
 }
 
-// What the rows' sums are where an iteration leaves them alone: a, or for marginals that may give way
-// a e^(-f / rho).
+// What the rows' sums are where an iteration leaves them alone: a, or for marginals that may give
+// way a e^(-f / rho).
 template <class Real>
 Real expected_sum(Real marginal, double lambda, Real alpha) {
   return lambda == 1 ? marginal : marginal * fast_exp2(Real(1 - 1 / lambda) * alpha);
 }
 
-// One row of an iteration: its exponent, its part of the columns' sums, and how far its own sum was off.
+// One row of an iteration: its exponent, its part of the columns' sums, and how far its own sum was
+// off.
 template <class Real>
 void update_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* columns,
                 double& error) {

@@ -272,6 +272,29 @@ def test_gradcheck(domain, value, rho):
     assert torch.autograd.gradcheck(unrolled, inputs, check_undefined_grad=False)
 
 
+@pytest.mark.parametrize("domain", ["auto", "log"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_gradient_of_some_inputs_alone(gradient, domain):
+    """Of marginals without costs, of one cloud without the other: what they have among all."""
+    value = "entropic" if gradient == "envelope" else "transport"
+    options = dict(epsilon=0.2, gradient=gradient, value=value, domain=domain)
+    cost, a, b = problem(2, 70, 9)
+    upstream = torch.ones(2, dtype=DOUBLE)
+    _, want = with_gradients(cost, a, b, upstream, **options)
+    own = a.clone().requires_grad_()
+    epsilon = options.pop("epsilon")
+    ops.sinkhorn(cost, epsilon, a=own, b=b, **options).value.sum().backward()
+    assert_same(own.grad, want[1])
+    x, y = torch.randn(2, 70, 3, dtype=DOUBLE), torch.randn(2, 9, 3, dtype=DOUBLE)
+    given = [each.clone().requires_grad_() for each in (x, y)]
+    ops.sinkhorn_points(*given, epsilon, a=a, b=b, **options).value.sum().backward()
+    for place, points in enumerate((x, y)):
+        one = [x, y]
+        one[place] = points.clone().requires_grad_()
+        ops.sinkhorn_points(*one, epsilon, a=a, b=b, **options).value.sum().backward()
+        assert_same(one[place].grad, given[place].grad)
+
+
 @pytest.mark.parametrize("rho", [None, 0.8, (0.5, None)])
 @pytest.mark.parametrize("epsilon", [0.2, 0.05])
 def test_gradients_meet_at_the_fixed_point(epsilon, rho, level):

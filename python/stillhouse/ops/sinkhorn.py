@@ -287,7 +287,7 @@ def _check_call(
         raise ValueError(
             f"marginals of ones need n = m, got {n} and {m}: pass a and b of the same total mass"
         )
-    if _can_look(x) and groups:
+    if not (a is b is lengths is None) and _can_look(x) and groups:
         _check_masses(x, sizes, (a, b), lengths, is_balanced)
     words = DOMAINS.index(domain), VALUES.index(value), GRADIENTS.index(gradient)
     return _Call(a, b, lengths, pack(numbers), iterations, *words)
