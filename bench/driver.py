@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from . import divergence, kinds, linear, machine, measure, shards, sparse, step
+from . import divergence, kinds, linear, machine, measure, shards, sparse, step, transport
 from .grid import Cell
 
-FAMILIES = {family.NAME: family for family in (divergence, kinds, linear, sparse, shards, step)}
+_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, step)
+FAMILIES = {family.NAME: family for family in _FAMILIES}
 CELL = ("family", "kind", "form", "dtype", "rows", "columns", "provider")
 RESULT = ("median_ms", "quarter_ms", "three_quarters_ms", "rounds", "extra_mib", "note")
 CONTEXT = ("machine", "cpu", "level", "threads", "torch", "stillhouse", "date")

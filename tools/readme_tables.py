@@ -184,7 +184,27 @@ def shards(rows: list[dict]) -> list[str]:
     return markdown([*header, "over the forward alone"], body)
 
 
+def transport(rows: list[dict]) -> list[str]:
+    """Entropic transport beside its rivals: how many times as fast we are."""
+    body = []
+    for (form, kind, count, columns), cell in by_cell(
+        rows, "form", "kind", "rows", "columns"
+    ).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        rivals = [name for name in ms if name not in (OURS, FLOOR)]
+        versus = ", ".join(f"{name} {times(ms[name] / ms[OURS])}" for name in rivals)
+        problems = f"{int(count) // int(columns)} of {columns} x {columns}"
+        floor = f"{ms[OURS] / ms[FLOOR]:.2f}x" if form == "large" else ""
+        body.append([form, kind, problems, f"{ms[OURS]:.3g}", versus, floor])
+    return markdown(
+        ["", "gradient", "problems", "ms", "against", "of reads and exponentials"], body
+    )
+
+
 FAMILIES = {
+    "transport": transport,
     "step": step,
     "shards": shards,
     "kinds": against(("eager",), "forward_kl"),

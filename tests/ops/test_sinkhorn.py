@@ -452,9 +452,9 @@ def test_opcheck_and_compile():
     op = torch.ops.stillhouse
     for mode in (-1, 0, 1):
         torch.library.opcheck(op.sinkhorn.default, (*arguments, mode, True))
-    leaves = tuple(x.clone().requires_grad_() for x in (cost, a, b))
-    learning = (leaves[0], None, leaves[1], leaves[2], None, *arguments[5:])
-    torch.library.opcheck(op.sinkhorn.default, (*learning, 0, False))
+    value, _, f, g, used, _, history = op.sinkhorn(*arguments, 0, False)
+    solved = (torch.ones_like(value), *arguments[:6], f, g, used, history, 3, 0, 0, 0, 0)
+    torch.library.opcheck(op.sinkhorn_gradient.default, (*solved, True, False, True))
     x, y = torch.randn(2, 6, 3, requires_grad=True), torch.randn(2, 7, 3, requires_grad=True)
     torch.library.opcheck(op.pairwise_l1.default, (x, y))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import divergence_autograd
 from .divergence_arguments import pack, positive
 from .kinds import Number
-from .sinkhorn_autograd import DOMAINS, GRADIENTS, GROUNDS, VALUES, has_kernel, wide_type
+from .sinkhorn_autograd import DOMAINS, GRADIENTS, GROUNDS, VALUES, Solved, has_kernel, wide_type
 from .sinkhorn_reference import reference
 
 _SLACK = 1e-4  # relative, between the total masses of two marginals
@@ -378,22 +378,13 @@ def _solve(
     if not has_kernel(cost):
         divergence_autograd.warn_without_kernel(cost, "transport")
         return Transport(*reference(cost, other, ground, call, want_plan))
-    learning = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (cost, other, call.a, call.b)
-    )
-    value, plan, f, g, used, error, _ = divergence_autograd.kernels().sinkhorn(
-        cost,
-        other,
-        call.a,
-        call.b,
-        call.lengths,
-        call.numbers,
-        call.iterations,
-        ground,
-        call.domain,
-        call.value,
-        call.gradient if learning else _NO_GRADIENT,
-        want_plan,
-    )
-    plan, f, g, error = (each.detach() for each in (plan, f, g, error))
-    return Transport(value, plan if want_plan else None, f, g, used, error)
+    inputs = (cost, other, call.a, call.b)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if learning:
+        value, plan, *rest = Solved.apply(call, ground, want_plan, *inputs)
+    else:
+        words = call.iterations, ground, call.domain, call.value, _NO_GRADIENT
+        value, plan, *rest, _ = divergence_autograd.kernels().sinkhorn(
+            *inputs, call.lengths, call.numbers, *words, want_plan
+        )
+    return Transport(value, plan if want_plan else None, *rest)

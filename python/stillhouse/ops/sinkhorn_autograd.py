@@ -61,37 +61,39 @@ def _fake_gradient(upstream, cost, other, *rest):
     )
 
 
-def _setup(ctx, inputs, output):
-    cost, other, a, b, lengths, numbers, *rest = inputs
-    _, _, f, g, used, _, history = output
-    *ctx.rest, ctx.gradient, _ = rest
-    ctx.save_for_backward(cost, other, a, b, lengths, numbers, f, g, used, history)
+class Solved(torch.autograd.Function):
+    """value, plan, f, g, iterations_used and marginal_error, of which the first has a gradient.
 
+    A function and not the op's own derivative: torch's way through that costs as much as a hundred
+    small problems.
+    """
 
-def _backward(ctx, upstream, *_):
-    cost, other, a, b, lengths, numbers, f, g, used, history = ctx.saved_tensors
-    of_cost, of_other, of_a, of_b = ctx.needs_input_grad[:4]
-    found = divergence_autograd.kernels().sinkhorn_gradient(
-        upstream.contiguous(),
-        cost,
-        other,
-        a,
-        b,
-        lengths,
-        numbers,
-        f,
-        g,
-        used,
-        history,
-        *ctx.rest,
-        ctx.gradient,
-        of_cost,
-        of_other,
-        of_a or of_b,
-    )
-    wanted = (of_cost, of_other, of_a, of_b)
-    shown = (each if want else None for each, want in zip(found, wanted, strict=True))
-    return *shown, *([None] * 8)
+    @staticmethod
+    def forward(ctx, call, ground, want_plan, cost, other, a, b):
+        """`call` has `lengths`, `numbers` and the words of a call; the tensors are for autograd to
+        see."""
+        words = call.iterations, ground, call.domain, call.value
+        value, plan, f, g, used, error, history = divergence_autograd.kernels().sinkhorn(
+            cost, other, a, b, call.lengths, call.numbers, *words, call.gradient, want_plan
+        )
+        ctx.save_for_backward(cost, other, a, b, call.lengths, call.numbers, f, g, used, history)
+        ctx.words = *words, call.gradient
+        ctx.mark_non_differentiable(plan, f, g, used, error)
+        return value, plan, f, g, used, error
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        of_cost, of_other, of_a, of_b = wanted = ctx.needs_input_grad[3:]
+        found = divergence_autograd.kernels().sinkhorn_gradient(
+            upstream.contiguous(),
+            *ctx.saved_tensors,
+            *ctx.words,
+            of_cost,
+            of_other,
+            of_a or of_b,
+        )
+        shown = (each if want else None for each, want in zip(found, wanted, strict=True))
+        return None, None, None, *shown
 
 
 def _setup_pairs(ctx, inputs, output):
@@ -127,7 +129,6 @@ def register(namespace: str) -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
     autograd = torch.library.register_autograd
-    autograd(f"{namespace}::sinkhorn", _backward, setup_context=_setup)
     autograd(f"{namespace}::sinkhorn_gradient", _no_second_derivative)
     autograd(f"{namespace}::pairwise_l1", _backward_pairs, setup_context=_setup_pairs)
     autograd(f"{namespace}::pairwise_l1_gradient", _no_second_derivative)
