@@ -33,11 +33,11 @@ template <class Real>
 void block_rows(const Task<Real>& t, int64_t block, const RowScratch<Real>& w) {
   const int64_t width = padded(t.m);
   Real* const columns = t.columns + block * width;
-  double* const sums = t.of_block + 4 * block;
+  double* const sums = t.of_block + kBlockSums * block;
   fill(columns, width, t.step == Step::column_maxima ? Real(-INFINITY) : Real(0));
-  fill(sums, 4, 0.);
+  fill(sums, kBlockSums, 0.);
   if (t.step == Step::gradient && t.other_points != nullptr) {
-    const int64_t size = t.batch->other.width * padded(t.batch->m);
+    const int64_t size = t.batch->point_size() * padded(t.batch->m);
     fill(t.other_points + block * size, size, Real(0));
   }
   const int64_t first = block * kBlockRows;
@@ -47,11 +47,12 @@ void block_rows(const Task<Real>& t, int64_t block, const RowScratch<Real>& w) {
       case Step::largest: {
         const Real* cost = cost_row(t, i, w);
         for (int64_t j = 0; j < t.m; ++j)
-          if (double(cost[j]) > sums[3] && cost[j] < INFINITY) sums[3] = double(cost[j]);
+          if (double(cost[j]) > sums[kLargest] && cost[j] < INFINITY)
+            sums[kLargest] = double(cost[j]);
         break;
       }
       case Step::rows:
-        update_row(t, i, w, columns, sums[0]);
+        update_row(t, i, w, columns, sums);
         break;
       case Step::column_maxima:
         column_maxima(t, i, w, columns);
@@ -142,7 +143,7 @@ void next(Task<Real>& t, bool gradient) {
   const Batch<Real>& b = *t.batch;
   switch (t.step) {
     case Step::largest:
-      t.start = block_total(t, 3, true);
+      t.start = block_total(t, kLargest, true);
       return gradient ? start_gradient(t) : start_iterations(t);
     case Step::rows:
       return after_rows(t);

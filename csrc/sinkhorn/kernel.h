@@ -14,6 +14,10 @@ enum Domain : int32_t { kAuto, kKernel, kLog };
 enum Objective : int32_t { kTransport, kEntropic };
 enum Mode : int32_t { kUnrolled, kImplicit, kEnvelope };
 
+// What a block of rows leaves beside its columns' sums: how far its rows' sums are off, its part of
+// the value, its largest cost, whether there is one that is negative or NaN.
+enum BlockSum : int64_t { kError, kValue, kLargest, kBroken, kBlockSums };
+
 constexpr int64_t kBlockRows = 64;      // rows whose sums over columns are added up together
 constexpr int64_t kResident = 1 << 16;  // elements of a matrix that is held with its transpose
 constexpr int64_t kTestEvery = 5;       // iterations between two looks at the tolerance
@@ -52,6 +56,12 @@ struct Batch {
   Real *d_a, *d_b;
 
   SH_INLINE int64_t blocks() const { return (n + kBlockRows - 1) / kBlockRows; }
+  // Points of many dimensions have their gradient added up dimension by dimension, others point by point;
+  // and what a point takes in scratch then.
+  SH_INLINE bool by_dimension() const { return other.width >= 8; }
+  SH_INLINE int64_t point_size() const {
+    return by_dimension() ? padded(other.width) : other.width;
+  }
   // Whether K and its transpose stay in a core's cache.
   SH_INLINE bool can_be_resident() const {
     return domain != kLog && !(annealing > 0) && padded(n) * padded(m) <= kResident;
@@ -90,8 +100,8 @@ struct Task {
   Real *alpha, *alpha_next, *beta;  // [n], [n], [padded(m)]; beta is -inf beyond m
   Real* columns;                    // [blocks, padded(m)], sums of a block's rows
   double* totals;                   // [padded(m)]
-  Real* transposed;                 // [d, padded(m)], the other side's points
-  double* of_block;                 // [blocks, 4]: error, value, entropy, largest
+  Real *transposed, *points;        // [d, padded(m)] and [padded(m), padded(d)], of the other side
+  double* of_block;                 // [blocks, kBlockSums]
   // Of the gradient.
   Real *row_sums, *column_sums;  // [n], [padded(m)] of the plan
   Real *row_seed,
@@ -99,8 +109,8 @@ struct Task {
   Real *bar_alpha, *bar_beta;  // adjoints of each iteration, [iterations, n and padded(m)]
   Real *tau, *before;          // log2 1 / s_j, and beta before it, [iterations, padded(m)]
   Real *direction, *residual, *solution;  // of the implicit gradient's solver, [padded(m)]
-  Real* other_points;      // [blocks, d, padded(m)]: gradients of the other side's points
-  Real* resident;          // of a problem that is held (resident.h)
+  Real* other_points;                     // [blocks], their gradients, as one of these two
+  Real* resident;                         // of a problem that is held (resident.h)
   double product, target;  // of the residual with itself, and where it is small enough
 
   // Lays the parts out from `at`, or from nothing to learn the size in bytes.
@@ -114,12 +124,14 @@ struct Task {
     batch = &b;
     take(alpha, rows), take(alpha_next, rows), take(beta, width);
     take(columns, count * width);
-    take(totals, width), take(of_block, count * 4);
+    take(totals, width), take(of_block, count * kBlockSums);
     take(resident, b.can_be_resident()
                        ? (b.ground == kMatrix ? 2 : 3) * rows * width + 3 * (rows + width) +
                              (gradient ? padded(2 * b.iterations) * (2 * rows + width) : 0)
                        : 0);
-    take(transposed, b.ground != kMatrix ? b.other.width * width : 0);
+    const bool of_points = b.ground != kMatrix;
+    take(transposed, of_points ? b.other.width * width : 0);
+    take(points, of_points && b.by_dimension() ? b.point_size() * width : 0);
     if (gradient) {
       const int64_t iterations = b.mode == kUnrolled ? b.iterations : 1;
       take(row_sums, rows), take(column_sums, width);
@@ -127,9 +139,9 @@ struct Task {
       take(bar_alpha, iterations * rows), take(bar_beta, iterations * width);
       take(tau, iterations * width), take(before, iterations * width);
       take(direction, width), take(residual, width), take(solution, width);
-      const bool points = b.ground != kMatrix && b.d_other.data != nullptr;
-      take(other_points, points ? count * width * b.other.width : 0);
-      if (!points) other_points = nullptr;
+      const bool wanted = of_points && b.d_other.data != nullptr;
+      take(other_points, wanted ? count * width * b.point_size() : 0);
+      if (!wanted) other_points = nullptr;
     }
     return at - begin;
   }

@@ -40,6 +40,32 @@ void combine(int64_t rows, int64_t width, const Real* matrix, const Real* x, Rea
   }
 }
 
+// out [rows, width] = left [rows, stride] right [terms, width], of the first `terms` columns of left; some
+// rows at a time, which share what is loaded. rows is a multiple of kLanes.
+template <class Real>
+void multiply(int64_t rows, int64_t terms, int64_t width, const Real* left, int64_t stride,
+              const Real* right, Real* out) {
+  constexpr int kRows = kWidth<Real> > 1 ? 4 : 1;
+  for (int64_t i = 0; i < rows; i += kRows) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+      Lanes<Real> sum[kRows];
+      for (int64_t k = 0; k < terms; ++k) {
+        Lanes<Real> y;
+        SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s)
+            load(right + k * width + j + s * kWidth<Real>, y[s]);
+        for (int r = 0; r < kRows; ++r) {
+          const Lane<Real> x(left[(i + r) * stride + k]);
+          SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) sum[r][s] =
+              mul_add(x, Lane<Real>(y[s]), Lane<Real>(sum[r][s]));
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s)
+            store(Lane<Real>(sum[r][s]), out + (i + r) * width + j + s * kWidth<Real>);
+    }
+  }
+}
+
 // [rows, width] to [columns, other_width]; the sizes are multiples of kLanes.
 template <class Real>
 void transpose_of(int64_t rows, int64_t width, const Real* x, Real* out) {
@@ -81,7 +107,9 @@ struct Resident {
   Real *kernel, *transposed;  // [rows, width], [width, rows]
   Real *u, *v, *a, *b;        // scalings and marginals; 0 beyond n and m
   Real *row_sums, *column_sums;
-  Real* costs;  // [rows, width] of points, or null
+  Real* costs;       // [rows, width] of points, or null
+  const Real* held;  // costs [rows, width] that can be read as they lie, or null
+  Real* written;     // the same of their gradient
   // Of the gradient, which is K times their product: of each iteration the rows' scalings and
   // adjoints, [terms, rows] and its transpose, and the columns' adjoints and scalings before it,
   // [terms, width].
@@ -98,6 +126,13 @@ struct Resident {
     u = take(rows), a = take(rows), row_sums = take(rows);
     v = take(width), b = take(width), column_sums = take(width);
     costs = t.batch->ground != kMatrix ? take(rows * width) : nullptr;
+    const Batch<Real>& batch = *t.batch;
+    const auto as_it_lies = [&](const Matrix& x) -> Real* {
+      const bool plain = batch.ground == kMatrix && x.data != nullptr && batch.m == width &&
+                         x.dtype == DtypeOf<Real>::value;
+      return plain ? reinterpret_cast<Real*>(x.row(t.group * batch.n)) : nullptr;
+    };
+    held = as_it_lies(batch.cost), written = as_it_lies(batch.d_cost);
     if (t.bar_alpha == nullptr) return;
     const int64_t terms = padded(2 * t.batch->iterations);
     of_rows = take(terms * rows), left = take(terms * rows), right = take(terms * width);
@@ -115,29 +150,34 @@ struct Resident {
     const Lane<Real> limit{Real(kKernelRange * kLog2e)};
     Lanes<Real> wrong;
     for (int64_t i = 0; i < t.n; ++i) {
-      const Real* const cost = cost_of(i, w, true);
+      const Real* const cost = cost_of(i, w);
+      for (int64_t j = 0; costs != nullptr && j < width; ++j) costs[i * width + j] = cost[j];
       Real* const row = kernel + i * width;
       each_step<Real>(width, [&](int64_t j, int64_t at) {
         const Lane<Real> there = lane(v + j);
         const Lane<Real> x = select(there > none, gain * lane(cost + j), none);
-        wrong[at] += select(x < limit, none, one);
+        // Negative costs and NaN are the sweeps' to tell.
+        wrong[at] += select(x < limit, select(x < none, one, none), one);
         store(there * fast_exp2(-x), row + j);
       });
     }
+    if (costs != nullptr) held = costs;
     if (fold_sum(wrong) != 0) return false;
     fill(kernel + t.n * width, (rows - t.n) * width, Real(0));
     transpose_of(rows, width, kernel, transposed);
     return true;
   }
 
-  // Costs of points are made once.
-  const Real* cost_of(int64_t i, const RowScratch<Real>& w, bool is_first) const {
-    if (costs == nullptr) return cost_row(t, i, w);
-    Real* const kept = costs + i * width;
-    if (!is_first) return kept;
-    const Real* const made = cost_row(t, i, w);
-    for (int64_t j = 0; j < width; ++j) kept[j] = made[j];
-    return kept;
+  // Those of points are made once.
+  const Real* cost_of(int64_t i, const RowScratch<Real>& w) const {
+    return held != nullptr ? held + i * width : cost_row(t, i, w);
+  }
+  // Where the gradient of a row of costs is made, and what becomes of it.
+  Real* weight_of(int64_t i, const RowScratch<Real>& w) const {
+    return written != nullptr ? written + i * width : w.weight;
+  }
+  void leave(int64_t i, const RowScratch<Real>& w) const {
+    if (written == nullptr) leave_gradient(t, i / kBlockRows, i, cost_of(i, w), w);
   }
 
   // scaling = (marginal / sum)^lambda, 0 for no marginal; returns whether all sums were in range.
@@ -202,7 +242,7 @@ struct Resident {
       Lanes<Real> sum;
       const Lane<Real> none{Real(0)};
       for (int64_t i = 0; i < t.n; ++i) {
-        const Real* const cost = cost_of(i, w, false);
+        const Real* const cost = cost_of(i, w);
         const Lane<Real> ui(u[i]);
         each_step<Real>(width, [&](int64_t j, int64_t at) {
           const Lane<Real> p = ui * lane(kernel + i * width + j) * lane(v + j);
@@ -294,10 +334,11 @@ struct Resident {
     if (!scalings(t.n, rows, t.alpha, u) || !scalings(t.m, width, t.beta, v)) return false;
     for (int64_t i = 0; i < t.n; ++i) {
       const Lane<Real> ui(u[i] * t.batch->upstream[t.group]);
+      Real* const weight = weight_of(i, w);
       each_step<Real>(width, [&](int64_t j, int64_t) {
-        store(ui * lane(kernel + i * width + j) * lane(v + j), w.weight + j);
+        store(ui * lane(kernel + i * width + j) * lane(v + j), weight + j);
       });
-      leave_gradient(t, i / kBlockRows, i, cost_of(i, w, false), w);
+      leave(i, w);
     }
     return true;
   }
@@ -322,22 +363,26 @@ struct Resident {
     fill(bar_beta, width, Real(0));
     fill(bar_alpha, rows, Real(0));
     for (int64_t i = 0; i < t.n; ++i) {
-      bar_alpha[i] = upstream * value_row(i, cost_of(i, w, false), w.weight);
+      bar_alpha[i] = upstream * value_row(i, cost_of(i, w), w.weight);
       add_scaled(width, w.weight, upstream, bar_beta);
     }
     for (int64_t k = count; k >= 1; --k) back(k);
     transpose_of(terms, rows, of_rows, left);
+    Real* const product = transposed;  // which is done with
+    multiply(rows, 2 * count, width, left, terms, right, product);
+    const bool sides = by_sides(t);
     for (int64_t i = 0; i < t.n; ++i) {
-      const Real* const cost = cost_of(i, w, false);
-      value_row(i, cost, w.weight);
-      combine(2 * count, width, right, left + i * terms, w.mass);
-      const Real* const row = kernel + i * width;
-      const Lane<Real> ui(u[i]), up(upstream), over(by_epsilon);
+      const Real *const row = kernel + i * width, *const of_k = product + i * width;
+      const Real* const other = sides ? t.column_seed : cost_of(i, w);
+      Real* const weight = weight_of(i, w);
+      const Lane<Real> ui(u[i]), up(upstream), over(by_epsilon), none{Real(0)};
+      const Lane<Real> of_row(sides ? t.row_seed[i] : Real(0));
       each_step<Real>(width, [&](int64_t j, int64_t) {
         const Lane<Real> k = lane(row + j), p = ui * k * lane(v + j);
-        store(up * (p - over * lane(w.weight + j)) + over * (k * lane(w.mass + j)), w.weight + j);
+        const Lane<Real> slope = select(p > none, p * (lane(other + j) + of_row), none);
+        store(up * (p - over * slope) + over * (k * lane(of_k + j)), weight + j);
       });
-      leave_gradient(t, i / kBlockRows, i, cost, w);
+      leave(i, w);
     }
     return true;
   }
@@ -407,7 +452,7 @@ bool solved_resident(Task<Real>& t, bool gradient, const RowScratch<Real>& w) {
     restore(t);
     if (by_sides(t)) set_side_seeds(t);
     if (t.other_points != nullptr) {
-      const int64_t count = t.blocks * b.other.width * padded(b.m);
+      const int64_t count = t.blocks * b.point_size() * padded(b.m);
       for (int64_t i = 0; i < count; ++i) t.other_points[i] = 0;
     }
     if (!(b.mode == kEnvelope ? problem.envelope(w) : problem.unrolled(w))) return false;

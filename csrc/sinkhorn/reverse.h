@@ -353,13 +353,14 @@ void after_gradient(Task<Real>& t) {
     });
   }
   if (t.other_points == nullptr) return;
-  const int64_t width = padded(b.m), d = b.other.width;
+  const int64_t width = padded(b.m), d = b.other.width, size = b.point_size();
   for (int64_t j = 0; j < b.m; ++j) {
     with_type(b.d_other.dtype, b.d_other.row(t.group * b.m + j), [&](auto* out) {
       for (int64_t k = 0; k < d; ++k) {
         double sum = 0;
         for (int64_t block = 0; block < t.blocks; ++block)
-          sum += double(t.other_points[(block * d + k) * width + j]);
+          sum += double(t.other_points[block * size * width +
+                                       (b.by_dimension() ? j * size + k : k * width + j)]);
         narrow(Real(sum), out[k]);
       }
     });

@@ -10,11 +10,6 @@
 constexpr double kLeastSum = 1e-18, kMostSum = 1e18;  // else a row or column is taken once more
 
 template <class Real>
-void fill(Real* x, int64_t n, Real value) {
-  for (int64_t j = 0; j < n; ++j) x[j] = value;
-}
-
-template <class Real>
 Real gain_of(double epsilon) {
   return Real(kLog2e / epsilon);
 }
@@ -91,18 +86,29 @@ Real expected_sum(Real marginal, double lambda, Real alpha) {
   return lambda == 1 ? marginal : marginal * fast_exp2(Real(1 - 1 / lambda) * alpha);
 }
 
+// Whether a row has no cost that is negative or NaN.
+template <class Real>
+bool all_costs(const Task<Real>& t, const Real* cost) {
+  int wrong = 0;
+#pragma omp simd reduction(+ : wrong)
+  for (int64_t j = 0; j < t.m; ++j) wrong += cost[j] >= 0 ? 0 : 1;
+  return wrong == 0;
+}
+
 // One row of an iteration: its exponent, its part of the columns' sums, and how far its own sum was
 // off.
 template <class Real>
 void update_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* columns,
-                double& error) {
+                double* of_block) {
   const Real a = marginal(t.batch->a, t.group * t.batch->n + i), gain = gain_of<Real>(t.epsilon);
+  const int64_t width = padded(t.m);
+  const Real* cost = cost_row(t, i, w);
+  if (t.is_first && !all_costs(t, cost)) of_block[kBroken] = 1;
   if (!(a > 0) && a == a) {
     t.alpha_next[i] = -INFINITY;
     return;
   }
-  const int64_t width = padded(t.m);
-  const Real* cost = cost_row(t, i, w);
+  double& error = of_block[kError];
   Real shift = t.is_first ? Real(0) : t.alpha[i];
   Real sum = exponentials(width, cost, t.beta, gain, shift, w.mass);
   double own = double(sum);
@@ -193,12 +199,13 @@ void result_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real*
   for (int64_t j = 0; plan != nullptr && j < b.m; ++j)
     plan[j] = has_mass && j < t.m ? w.mass[j] : Real(0);
   const double off = has_mass ? row.sum - double(expected_sum(a, t.lambda_a, t.alpha[i])) : 0.;
-  if (!(off <= of_block[0] && -off <= of_block[0])) of_block[0] = off < 0 ? -off : off;
-  of_block[1] += row.cost;
+  if (!(off <= of_block[kError] && -off <= of_block[kError]))
+    of_block[kError] = off < 0 ? -off : off;
+  of_block[kValue] += row.cost;
   // epsilon P (log P - 1)
   if (b.objective == kEntropic) {
-    of_block[1] += t.epsilon * (kLn2 * row.entropy - row.sum);
-    if (t.lambda_a != 1) of_block[1] += b.rho_a * relative_entropy(row.sum, double(a));
+    of_block[kValue] += t.epsilon * (kLn2 * row.entropy - row.sum);
+    if (t.lambda_a != 1) of_block[kValue] += b.rho_a * relative_entropy(row.sum, double(a));
   }
 }
 
@@ -208,7 +215,7 @@ template <class Real>
 double block_total(const Task<Real>& t, int64_t which, bool largest) {
   double total = largest ? -INFINITY : 0;
   for (int64_t block = 0; block < t.blocks; ++block) {
-    const double x = t.of_block[4 * block + which];
+    const double x = t.of_block[kBlockSums * block + which];
     if (!largest) total += x;
     if (largest && !(x <= total)) total = x;
   }
@@ -299,12 +306,25 @@ void set_beta(Task<Real>& t, int64_t j, Real log2_sum) {
   t.beta[j] = b > 0 ? Real(t.lambda_b) * (log2_of(b) - log2_sum) : log2_of(b);
 }
 
+// A problem whose costs cannot be: NaN, and -1 iterations.
+template <class Real>
+void refuse(Task<Real>& t) {
+  const Batch<Real>& b = *t.batch;
+  b.value[t.group] = b.error[t.group] = NAN;
+  b.used[t.group] = -1;
+  fill(b.f + t.group * b.n, b.n, Real(NAN));
+  fill(b.g + t.group * b.m, b.m, Real(NAN));
+  if (b.plan != nullptr) fill(b.plan + t.group * b.n * b.m, b.n * b.m, Real(NAN));
+  t.step = Step::done;
+}
+
 template <class Real>
 void after_rows(Task<Real>& t) {
   const Batch<Real>& b = *t.batch;
   const int64_t before = t.iteration - 1;
+  if (t.is_first && block_total(t, kBroken, false) > 0) return refuse(t);
   if (b.tolerance >= 0 && before > 0 && before % kTestEvery == 0 &&
-      t.epsilon == annealed(t, before) && block_total(t, 0, true) <= b.tolerance) {
+      t.epsilon == annealed(t, before) && block_total(t, kError, true) <= b.tolerance) {
     t.iteration = before;
     t.step = Step::result;
     return;
@@ -372,11 +392,11 @@ void leave_solution(Task<Real>& t, double value, double error) {
 template <class Real>
 void after_result(Task<Real>& t) {
   const Batch<Real>& b = *t.batch;
-  double value = block_total(t, 1, false);
+  double value = block_total(t, kValue, false);
   if (b.objective == kEntropic && t.lambda_b != 1) {
     add_blocks(t);
     for (int64_t j = 0; j < t.m; ++j)
       value += b.rho_b * relative_entropy(t.totals[j], double(marginal(b.b, t.group * b.m + j)));
   }
-  leave_solution(t, value, block_total(t, 0, true));
+  leave_solution(t, value, block_total(t, kError, true));
 }

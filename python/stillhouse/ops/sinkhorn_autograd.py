@@ -92,8 +92,25 @@ class Solved(torch.autograd.Function):
             of_other,
             of_a or of_b,
         )
-        shown = (each if want else None for each, want in zip(found, wanted, strict=True))
+        shown = [each if want else None for each, want in zip(found, wanted, strict=True)]
+        if torch.is_grad_enabled():  # somebody will ask for a second derivative
+            learning = [x for x in ctx.saved_tensors[:4] if x is not None and x.requires_grad]
+            shown = [
+                x if x is None else _LastDerivative.apply(x, upstream, *learning) for x in shown
+            ]
         return None, None, None, *shown
+
+
+class _LastDerivative(torch.autograd.Function):
+    """A gradient as a function of what it was made from, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx, gradient, *made_from):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError("the gradient of a transport problem has no gradient of its own")
 
 
 def _setup_pairs(ctx, inputs, output):
@@ -115,7 +132,7 @@ def _fake_pairs_gradient(upstream, x, y, want_x, want_y):
 
 
 def _no_second_derivative(ctx, *upstream):
-    raise RuntimeError("the gradient of a transport problem has no gradient of its own")
+    raise RuntimeError("the gradient of L1 distances has no gradient of its own")
 
 
 def register(namespace: str) -> None:
@@ -129,7 +146,6 @@ def register(namespace: str) -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
     autograd = torch.library.register_autograd
-    autograd(f"{namespace}::sinkhorn_gradient", _no_second_derivative)
     autograd(f"{namespace}::pairwise_l1", _backward_pairs, setup_context=_setup_pairs)
     autograd(f"{namespace}::pairwise_l1_gradient", _no_second_derivative)
 
