@@ -84,29 +84,28 @@ void block_rows(const Task<Real>& t, int64_t block, const RowScratch<Real>& w) {
   }
 }
 
-// While it lives, results below the normal numbers are 0. A plan is full of them where epsilon is small,
-// and each costs as much as a hundred others.
-class FlushDenormals {
+// f() with results below the normal numbers as 0. A plan is full of them where epsilon is small, and
+// each costs as much as a hundred others. Inputs stay: float16 is widened through such numbers. No
+// destructor puts the mode back: it would bring an exception handler into this object.
+template <class F>
+void flushing(F f) {
 #if defined(__x86_64__)
- public:
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushResults); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-  FlushDenormals(const FlushDenormals&) = delete;
-
- private:
-  static constexpr unsigned kFlushResults = 0x8000;  // inputs stay: float16 is widened through them
-  const unsigned before_;
+  constexpr unsigned kFlushResults = 0x8000;
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | kFlushResults);
+  f();
+  _mm_setcsr(before);
 #else
- public:
-  FlushDenormals() {}  // one that is not trivial: it is used
+  f();
 #endif
-};
+}
 
 template <class Real>
 void rows(const Task<Real>& t, int64_t lo, int64_t hi, void* scratch) {
-  const FlushDenormals flush;
   const RowScratch<Real> w(*t.batch, scratch);
-  for (int64_t block = lo; block < hi; ++block) block_rows(t, block, w);
+  flushing([&] {
+    for (int64_t block = lo; block < hi; ++block) block_rows(t, block, w);
+  });
 }
 
 // What the gradient begins with, at the solution that it is taken at.
@@ -124,8 +123,7 @@ void start_gradient(Task<Real>& t) {
 }
 
 template <class Real>
-void begin(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
-  const FlushDenormals flush;
+void begin_normal(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
   start_task(t, group);
   if (solved_resident(t, gradient, RowScratch<Real>(*t.batch, scratch))) return;
   t.epsilon = 0;
@@ -138,8 +136,7 @@ void begin(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
 }
 
 template <class Real>
-void next(Task<Real>& t, bool gradient) {
-  const FlushDenormals flush;
+void next_normal(Task<Real>& t, bool gradient) {
   const Batch<Real>& b = *t.batch;
   switch (t.step) {
     case Step::largest:
@@ -186,6 +183,15 @@ void next(Task<Real>& t, bool gradient) {
     case Step::done:
       return;
   }
+}
+
+template <class Real>
+void begin(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
+  flushing([&] { begin_normal(t, group, gradient, scratch); });
+}
+template <class Real>
+void next(Task<Real>& t, bool gradient) {
+  flushing([&] { next_normal(t, gradient); });
 }
 
 }  // namespace
