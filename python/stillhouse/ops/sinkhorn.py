@@ -28,7 +28,8 @@ class Transport(NamedTuple):
     f: Tensor  # [G, n], potentials in units of the costs: P = e^((f_i + g_j - C_ij) / epsilon)
     g: Tensor  # [G, m]
     iterations_used: Tensor  # int64 [G]
-    marginal_error: Tensor  # [G], of the rows: max |P 1 - a|; columns are exact
+    # [G], of the rows: max |P 1 - a|, or |P 1 - a e^(-f / rho)|; columns are exact
+    marginal_error: Tensor
 
 
 def sinkhorn(
@@ -90,18 +91,8 @@ def sinkhorn(
         tensor([0.3144])
     """
     _check_tensor("cost", cost, "[G, n, m]")
-    options = dict(
-        epsilon=epsilon,
-        iterations=iterations,
-        a=a,
-        b=b,
-        tolerance=tolerance,
-        domain=domain,
-        gradient=gradient,
-        rho=rho,
-        annealing=annealing,
-    )
-    call = _check_call(cost, cost.shape[1:], options, value, lengths)
+    settings = _settings(epsilon, iterations, tolerance, domain, gradient, value, rho, annealing)
+    call = _with_sides(settings, cost, cost.shape[1:], a, b, lengths)
     _check_costs(cost, domain, epsilon)
     return _solve(cost, None, GROUNDS.index("matrix"), call, return_plan)
 
@@ -156,19 +147,10 @@ def sinkhorn_points(
     if debias and rho is not None:
         raise ValueError("debias is defined for marginals that are kept: it does not go with rho")
 
+    settings = _settings(epsilon, iterations, tolerance, domain, gradient, value, rho, annealing)
+
     def solve(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, lengths: Tensor | None):
-        options = dict(
-            epsilon=epsilon,
-            iterations=iterations,
-            a=a,
-            b=b,
-            tolerance=tolerance,
-            domain=domain,
-            gradient=gradient,
-            rho=rho,
-            annealing=annealing,
-        )
-        call = _check_call(x, (x.shape[1], y.shape[1]), options, value, lengths)
+        call = _with_sides(settings, x, (x.shape[1], y.shape[1]), a, b, lengths)
         return _solve(x, y, GROUNDS.index(cost), call, False)
 
     found = solve(x, y, a, b, lengths)
@@ -195,10 +177,7 @@ def pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
         >>> ops.pairwise_l1(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
         tensor([[3., 1.]])
     """
-    for name, each in (("x", x), ("y", y)):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            found = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+    _check_floating(x=x, y=y)
     same = x.dim() == y.dim() and x.dim() in (2, 3) and x.shape[-1] == y.shape[-1]
     if not same or x.shape[:-2] != y.shape[:-2] or x.dtype != y.dtype or x.device != y.device:
         raise ValueError(
@@ -216,10 +195,15 @@ def pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
 # ---- checks
 
 
+def _check_floating(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+
+
 def _check_tensor(name: str, x: Tensor, shape: str) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+    _check_floating(**{name: x})
     if x.dim() != 3 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be {shape} with no size 0, got {tuple(x.shape)}")
 
@@ -227,14 +211,15 @@ def _check_tensor(name: str, x: Tensor, shape: str) -> None:
 class _Call(NamedTuple):
     """The checked arguments, as the registered op takes them."""
 
-    a: Tensor | None
-    b: Tensor | None
-    lengths: Tensor | None
     numbers: Tensor
     iterations: int
     domain: int
     value: int
     gradient: int
+    is_balanced: bool
+    a: Tensor | None = None
+    b: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 def _can_look(x: Tensor) -> bool:
@@ -245,12 +230,17 @@ def _pairs(lengths: Tensor) -> Tensor:
     return lengths if lengths.dim() == 2 else lengths[:, None].expand(-1, 2)
 
 
-def _check_call(
-    x: Tensor, sizes: tuple[int, int], of: dict[str, Any], value: str, lengths: Tensor | None
+def _settings(
+    epsilon: Number,
+    iterations: int,
+    tolerance: float | None,
+    domain: str,
+    gradient: str,
+    value: str,
+    rho: Any,
+    annealing: Number | None,
 ) -> _Call:
-    """The call that these arguments of `sinkhorn` make for costs or points `x`."""
-    groups, (n, m) = x.shape[0], sizes
-    domain, gradient = of["domain"], of["gradient"]
+    """A call without its marginals and lengths."""
     for name, word, known in (
         ("domain", domain, DOMAINS),
         ("gradient", gradient, GRADIENTS),
@@ -262,9 +252,6 @@ def _check_call(
         raise ValueError(
             'gradient="envelope" is that of value="entropic": of <P, C> it is off by a third'
         )
-    iterations, tolerance, annealing, rho = (
-        of[name] for name in ("iterations", "tolerance", "annealing", "rho")
-    )
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
     if tolerance is not None and not 0 <= tolerance < math.inf:
@@ -275,30 +262,43 @@ def _check_call(
     if len(rhos) != 2:
         raise ValueError(f"rho must be a number or a pair (rows, columns), got {rho}")
     numbers = [
-        positive("epsilon", of["epsilon"]),
+        positive("epsilon", epsilon),
         *(math.inf if each is None else positive("rho", each) for each in rhos),
         0.0 if annealing is None else annealing,
         -1.0 if tolerance is None else tolerance,
     ]
-    a, b = (_marginal(name, of[name], x, count) for name, count in (("a", n), ("b", m)))
-    lengths = None if lengths is None else _check_lengths(lengths, x, sizes)
-    is_balanced = rhos == (None, None)
-    if a is b is lengths is None and is_balanced and n != m:
-        raise ValueError(
-            f"marginals of ones need n = m, got {n} and {m}: pass a and b of the same total mass"
-        )
-    if not (a is b is lengths is None) and _can_look(x) and groups:
-        _check_masses(x, sizes, (a, b), lengths, is_balanced)
     words = DOMAINS.index(domain), VALUES.index(value), GRADIENTS.index(gradient)
-    return _Call(a, b, lengths, pack(numbers), iterations, *words)
+    return _Call(pack(numbers), iterations, *words, is_balanced=rhos == (None, None))
+
+
+def _with_sides(
+    call: _Call,
+    x: Tensor,
+    sizes: tuple[int, int],
+    a: Tensor | None,
+    b: Tensor | None,
+    lengths: Tensor | None,
+) -> _Call:
+    """The call for costs or points `x` with these marginals."""
+    n, m = sizes
+    a, b = _marginal("a", a, x, n), _marginal("b", b, x, m)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, x, sizes)
+    if a is b is lengths is None:
+        if call.is_balanced and n != m:
+            raise ValueError(
+                f"marginals of ones need n = m, got {n} and {m}: pass a and b of the same total "
+                "mass"
+            )
+    elif _can_look(x) and len(x):
+        _check_masses(x, sizes, (a, b), lengths, call.is_balanced)
+    return call._replace(a=a, b=b, lengths=lengths)
 
 
 def _marginal(name: str, given: Tensor | None, x: Tensor, count: int) -> Tensor | None:
     if given is None:
         return None
-    if not isinstance(given, Tensor) or not given.is_floating_point():
-        found = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+    _check_floating(**{name: given})
     if tuple(given.shape) not in ((count,), (x.shape[0], count)):
         raise ValueError(
             f"{name} must be [{x.shape[0]}, {count}] or [{count}], got {tuple(given.shape)}"

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sinkhorn_autograd import GRADIENTS, GROUNDS, VALUES
+from .sinkhorn_autograd import GRADIENTS, GROUNDS, VALUES, wide_type
 
 _TEST_EVERY = 5
 
 
 def reference(cost: Tensor, other: Tensor | None, ground: int, call: Any, want_plan: bool):
     """The fields of a `Transport`."""
-    wide = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    wide = wide_type(cost)
     cost = distances(cost.to(wide), None if other is None else other.to(wide), GROUNDS[ground])
     numbers = call.numbers.to(cost)
     epsilon, rhos, annealing, tolerance = numbers[0], numbers[1:3], numbers[3], numbers[4]

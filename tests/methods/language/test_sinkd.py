@@ -65,6 +65,8 @@ def test_groups_and_costs_of_ones_own():
     torch.testing.assert_close(sinkhorn_kd(student, teacher), each.mean())
     l2 = sinkhorn_kd(student, teacher, cost="l2")
     torch.testing.assert_close(l2, sinkhorn_kd(student, teacher, cost=torch.cdist))
+    one = sinkhorn_kd(student[0], teacher[0], cost="l2")
+    torch.testing.assert_close(one, sinkhorn_kd(student[0], teacher[0], cost=torch.cdist))
 
 
 def test_one_row_is_the_distance():
@@ -167,6 +169,13 @@ def test_columns_that_are_left_out_are_said():
     p = (teacher / 2).softmax(-1)
     ids = p.argmax(-1).unique()
     torch.testing.assert_close(parts["dropped"], 1 - p[:, ids].sum(-1).mean())
+
+
+def test_a_teacher_of_some_columns_is_refused():
+    student, teacher, index = rows()
+    sparse = ops.SparseTeacher.from_logits(teacher, k=4)
+    with pytest.raises(ValueError, match="it needs a teacher's logits, got SparseTeacher"):
+        SinKDLoss()(LogitRows(student, index), sparse, {})
 
 
 def test_few_rows_have_no_such_term():

@@ -79,8 +79,10 @@ def sinkhorn_kd(
     rows = student_logits.shape[-2]
     if rows == 1:
         warnings.warn("a batch of one row: its plan has no choice", stacklevel=2)
-    student = _probabilities(student_logits, temperature)
-    teacher = _probabilities(teacher_logits, temperature)
+    student, teacher = (
+        _probabilities(x if x.dim() == 3 else x[None], temperature)
+        for x in (student_logits, teacher_logits)
+    )
 
     def value(x: Tensor, y: Tensor) -> Tensor:
         distance = cost(x, y) if callable(cost) else _DISTANCES[cost](x, y)
@@ -256,6 +258,9 @@ class SinKDLoss(DivergenceObjective):
     def __call__(
         self, student: LogitRows, teacher: LogitRows, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
+        if not isinstance(teacher, LogitRows):
+            found = type(teacher).__name__
+            raise ValueError(f"SinKD compares whole rows: it needs a teacher's logits, got {found}")
         # First: the loss may write its gradient over logits that the rows were given.
         term, dropped = self._sinkhorn(student, teacher, batch.get("vocab_size"))
         parts = super().__call__(student, teacher, batch)
@@ -285,7 +290,7 @@ class SinKDLoss(DivergenceObjective):
         if groups == 0:
             return own.sum() * 0.0, dropped
         kept = groups * self.group
-        # With the log-sum-exp of the others as one more column rows stay distributions.
+        # With all others as one more column rows stay distributions.
         pair = [_projected(x[:kept], ids, self.options["temperature"]) for x in (own, other)]
         pair = [x.view(groups, self.group, -1) for x in pair]
         return sinkhorn_kd(*pair, **(self.options | {"temperature": 1.0})), dropped
@@ -329,12 +334,4 @@ def _probabilities(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(wide / temperature, -1)
 
 
-def _l1(x: Tensor, y: Tensor) -> Tensor:
-    return ops.pairwise_l1(*(z if z.dim() == 3 else z[None] for z in (x, y)))
-
-
-def _l2(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(*(z if z.dim() == 3 else z[None] for z in (x, y)))
-
-
-_DISTANCES = {"l1": _l1, "l2": _l2}
+_DISTANCES = {"l1": ops.pairwise_l1, "l2": torch.cdist}
