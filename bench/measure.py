@@ -126,3 +126,8 @@ def peak_memory(make: Callable, *arguments: object, device: str = "cpu") -> int:
         raise RuntimeError(f"the memory probe ended with exit code {child.exitcode}") from None
     finally:
         child.join()
+
+
+def timed_calls(calls: dict[str, Callable[[], object]], device: str) -> dict[str, Callable]:
+    """A family's runners where each provider is one call without arguments."""
+    return {name: lambda _, call=call: seconds_of(call, device)[0] for name, call in calls.items()}

@@ -19,7 +19,7 @@ import torch
 
 from .divergence import FLOOR, OURS
 from .grid import Cell, Provider
-from .measure import seconds_of
+from .measure import timed_calls
 from .step import LENGTH, Job, refuses
 
 NAME = "shards"
@@ -131,7 +131,7 @@ def runners(
     found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
     if _needs_models(cell) is None:
         found[FLOOR] = build_floor(cell)
-    return {name: lambda _, call=call: seconds_of(call, device)[0] for name, call in found.items()}
+    return timed_calls(found, device)
 
 
 def memory_call(

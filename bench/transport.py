@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .divergence import FLOOR, OURS
 from .grid import Cell, Provider
-from .measure import seconds_of
+from .measure import timed_calls
 
 NAME = "transport"
 SMALL, POINTS, LARGE = "small", "points", "large"
@@ -173,7 +173,7 @@ def runners(
     """The functions to time at a cell, and the floor."""
     found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
     found[FLOOR] = build_floor(cell)
-    return {name: lambda _, call=call: seconds_of(call, device)[0] for name, call in found.items()}
+    return timed_calls(found, device)
 
 
 def memory_call(
