@@ -73,3 +73,17 @@ Real block_max(int64_t n, const In* x) {
   for (int64_t i = 1; i < kSteps<Real>; ++i) max[0] = larger(max[i], max[0]);
   return max_of(max[0]);
 }
+
+template <class Real>
+SH_INLINE Lane<Real> lane(const Real* x) {
+  Lane<Real> found;
+  load(x, found);
+  return found;
+}
+
+// f(j, lane of kLanes) of every step of n elements, a multiple of kLanes.
+template <class Real, class F>
+SH_INLINE void each_step(int64_t n, F f) {
+  for (int64_t j = 0; j < n; j += kLanes)
+    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) f(j + s * kWidth<Real>, s);
+}

@@ -87,20 +87,6 @@ void transpose_of(int64_t rows, int64_t width, const Real* x, Real* out) {
 }
 
 template <class Real>
-SH_INLINE Lane<Real> lane(const Real* x) {
-  Lane<Real> found;
-  load(x, found);
-  return found;
-}
-
-// f(j, lane of kLanes) of every step of n elements, a multiple of kLanes.
-template <class Real, class F>
-SH_INLINE void each_step(int64_t n, F f) {
-  for (int64_t j = 0; j < n; j += kLanes)
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) f(j + s * kWidth<Real>, s);
-}
-
-template <class Real>
 struct Resident {
   Task<Real>& t;
   const int64_t rows, width;  // padded n and m

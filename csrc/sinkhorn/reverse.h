@@ -76,17 +76,12 @@ double seed_row(const Task<Real>& t, int64_t i, const Real* cost, const RowScrat
   const bool sides = by_sides(t);
   const Lane<Real> of_row(sides ? t.row_seed[i] : Real(0)), none(Real(0));
   const Real* const other = sides ? t.column_seed : cost;
-  for (int64_t j = 0; j < padded(t.m); j += kLanes) {
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) {
-      const int64_t at = j + s * kWidth<Real>;
-      Lane<Real> p, g;
-      load(w.mass + at, p);
-      load(other + at, g);
-      const Lane<Real> product = select(p > none, p * (g + of_row), none);
-      store(product, w.weight + at);
-      sum[s] += product;
-    }
-  }
+  each_step<Real>(padded(t.m), [&](int64_t j, int64_t at) {
+    const Lane<Real> p = lane(w.mass + j);
+    const Lane<Real> product = select(p > none, p * (lane(other + j) + of_row), none);
+    store(product, w.weight + j);
+    sum[at] += product;
+  });
   return double(fold_sum(sum));
 }
 
@@ -212,14 +207,8 @@ void add_iteration(const Task<Real>& t, int64_t k, int64_t i, const Real* cost, 
 template <class Real>
 Real dot(const Task<Real>& t, const Real* x, const Real* y) {
   Lanes<Real> sum;
-  for (int64_t j = 0; j < padded(t.m); j += kLanes) {
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) {
-      Lane<Real> xj, yj;
-      load(x + j + s * kWidth<Real>, xj);
-      load(y + j + s * kWidth<Real>, yj);
-      sum[s] += xj * yj;
-    }
-  }
+  each_step<Real>(padded(t.m),
+                  [&](int64_t j, int64_t at) { sum[at] += lane(x + j) * lane(y + j); });
   return fold_sum(sum);
 }
 

@@ -28,17 +28,11 @@ Real exponentials(int64_t n, const Real* cost, const Real* beta, Real gain, Real
                   Real* mass) {
   Lanes<Real> sum;
   const Lane<Real> minus_gain(-gain), by(shift);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
-      Lane<Real> c, b;
-      load(cost + at, c);
-      load(beta + at, b);
-      const Lane<Real> e = fast_exp2(mul_add(minus_gain, c, b) + by);
-      store(e, mass + at);
-      sum[i] += e;
-    }
-  }
+  each_step<Real>(n, [&](int64_t j, int64_t at) {
+    const Lane<Real> e = fast_exp2(mul_add(minus_gain, lane(cost + j), lane(beta + j)) + by);
+    store(e, mass + j);
+    sum[at] += e;
+  });
   return fold_sum(sum);
 }
 
@@ -47,15 +41,9 @@ Real largest_exponent(int64_t n, const Real* cost, const Real* beta, Real gain) 
   Lanes<Real> top;
   for (auto& lane : top.at) lane = Lane<Real>(-INFINITY);
   const Lane<Real> minus_gain(-gain);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
-      Lane<Real> c, b;
-      load(cost + at, c);
-      load(beta + at, b);
-      top[i] = larger(mul_add(minus_gain, c, b), top[i]);
-    }
-  }
+  each_step<Real>(n, [&](int64_t j, int64_t at) {
+    top[at] = larger(mul_add(minus_gain, lane(cost + j), lane(beta + j)), top[at]);
+  });
   for (int64_t i = 1; i < kSteps<Real>; ++i) top[0] = larger(top[i], top[0]);
   return max_of(top[0]);
 }
@@ -63,15 +51,8 @@ Real largest_exponent(int64_t n, const Real* cost, const Real* beta, Real gain) 
 template <class Real>
 void add_scaled(int64_t n, const Real* x, Real factor, Real* sum) {
   const Lane<Real> by(factor);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    SH_STEPS for (int64_t i = 0; i < kSteps<Real>; ++i) {
-      const int64_t at = j + i * kWidth<Real>;
-      Lane<Real> xi, before;
-      load(x + at, xi);
-      load(sum + at, before);
-      store(mul_add(xi, by, before), sum + at);
-    }
-  }
+  each_step<Real>(
+      n, [&](int64_t j, int64_t) { store(mul_add(lane(x + j), by, lane(sum + j)), sum + j); });
 }
 
 template <class Real>
@@ -162,20 +143,15 @@ RowResult<Real> plan_row(const Task<Real>& t, int64_t i, const Real* cost, Real*
   Lanes<Real> sum, costs, entropy;
   const Real gain = gain_of<Real>(t.epsilon);
   const Lane<Real> minus_gain(-gain), alpha(t.alpha[i]), none(Real(0));
-  for (int64_t j = 0; j < padded(t.m); j += kLanes) {
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) {
-      const int64_t at = j + s * kWidth<Real>;
-      Lane<Real> c, b;
-      load(cost + at, c);
-      load(t.beta + at, b);
-      const Lane<Real> x = mul_add(minus_gain, c, b) + alpha, e = fast_exp2(x);
-      store(e, mass + at);
-      sum[s] += e;
-      // An infinite cost has no mass, and no part in the sums.
-      costs[s] += select(e > none, e * c, none);
-      entropy[s] += select(e > none, e * x, none);
-    }
-  }
+  each_step<Real>(padded(t.m), [&](int64_t j, int64_t at) {
+    const Lane<Real> c = lane(cost + j);
+    const Lane<Real> x = mul_add(minus_gain, c, lane(t.beta + j)) + alpha, e = fast_exp2(x);
+    store(e, mass + j);
+    sum[at] += e;
+    // An infinite cost has no mass, and no part in the sums.
+    costs[at] += select(e > none, e * c, none);
+    entropy[at] += select(e > none, e * x, none);
+  });
   return {double(fold_sum(sum)), double(fold_sum(costs)), double(fold_sum(entropy))};
 }
 
