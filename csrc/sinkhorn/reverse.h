@@ -123,18 +123,12 @@ void reverse_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real
   const Lane<Real> minus_gain(-gain), alpha(exponent);
   const Lane<Real> of_row(minus_log2_sum(exponent, t.lambda_a, a));
   Lanes<Real> sum;
-  for (int64_t j = 0; j < width; j += kLanes) {
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) {
-      const int64_t at = j + s * kWidth<Real>;
-      Lane<Real> c, tau, before, y;
-      load(cost + at, c);
-      load(t.tau + offset + at, tau);
-      load(t.before + offset + at, before);
-      load(t.bar_beta + offset + at, y);
-      sum[s] += y * fast_exp2(mul_add(minus_gain, c, tau) + alpha);
-      store(fast_exp2(mul_add(minus_gain, c, before) + of_row), w.mass + at);
-    }
-  }
+  each_step<Real>(width, [&](int64_t j, int64_t at) {
+    const Lane<Real> c = lane(cost + j), tau = lane(t.tau + offset + j);
+    const Lane<Real> before = lane(t.before + offset + j);
+    sum[at] += lane(t.bar_beta + offset + j) * fast_exp2(mul_add(minus_gain, c, tau) + alpha);
+    store(fast_exp2(mul_add(minus_gain, c, before) + of_row), w.mass + j);
+  });
   const Real seed = t.iteration == b.used[t.group] ? bar : Real(0);
   bar = seed - Real(t.lambda_b) * fold_sum(sum);
   add_scaled(width, w.mass, Real(-t.lambda_a) * bar, columns);
@@ -184,20 +178,13 @@ void add_iteration(const Task<Real>& t, int64_t k, int64_t i, const Real* cost, 
   const Lane<Real> of_row(minus_log2_sum(exponent, lambda_a, a));
   const Lane<Real> x(Real(lambda_a / epsilon) * t.bar_alpha[(k - 1) * padded(b.n) + i]);
   const Lane<Real> y_gain(Real(lambda_b / epsilon));
-  for (int64_t j = 0; j < padded(t.m); j += kLanes) {
-    SH_STEPS for (int64_t s = 0; s < kSteps<Real>; ++s) {
-      const int64_t at = j + s * kWidth<Real>;
-      Lane<Real> c, tau, before, y, sum;
-      load(cost + at, c);
-      load(t.tau + offset + at, tau);
-      load(t.before + offset + at, before);
-      load(t.bar_beta + offset + at, y);
-      load(weight + at, sum);
-      const Lane<Real> of_columns = fast_exp2(mul_add(minus_gain, c, tau) + alpha);
-      const Lane<Real> of_rows = fast_exp2(mul_add(minus_gain, c, before) + of_row);
-      store(sum + (y * y_gain * of_columns + x * of_rows), weight + at);
-    }
-  }
+  each_step<Real>(padded(t.m), [&](int64_t j, int64_t) {
+    const Lane<Real> c = lane(cost + j), tau = lane(t.tau + offset + j);
+    const Lane<Real> before = lane(t.before + offset + j), y = lane(t.bar_beta + offset + j);
+    const Lane<Real> of_columns = fast_exp2(mul_add(minus_gain, c, tau) + alpha);
+    const Lane<Real> of_rows = fast_exp2(mul_add(minus_gain, c, before) + of_row);
+    store(lane(weight + j) + (y * y_gain * of_columns + x * of_rows), weight + j);
+  });
 }
 
 // ---- implicit: at the fixed point, with D the sums of rows and columns over their lambda,
