@@ -85,7 +85,7 @@ def capture(arguments: CaptureArguments) -> Report | None:
         if len(missing) < len(ours):
             print(f"{len(ours) - len(missing)} finished shards are kept", flush=True)
         job.run(folder, missing)
-    # The last process reads what the others have written; who waits for some looks at headers alone.
+    # The last process reads what the others have written; before that headers are enough.
     replaced = arguments.overwrite
     waiting = _missing(files, others, foreign_too=replaced, verify=False)
     waiting = waiting or _missing(files, others, foreign_too=replaced)
