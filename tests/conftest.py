@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from stillhouse.ops import divergence_autograd, linear_divergence_autograd
+from stillhouse.ops import divergence_autograd, linear_divergence_autograd, sinkhorn_autograd
 
 # SIMT_LIBRARY names another build, such as the one with sanitizers.
 SIMT = Path(os.environ.get("SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so"))
@@ -47,8 +47,8 @@ def _seeded():
 @cache
 def _simt_ops():
     torch.ops.load_library(str(SIMT))
-    divergence_autograd.register("stillhouse_simt")
-    linear_divergence_autograd.register("stillhouse_simt")
+    for family in (divergence_autograd, linear_divergence_autograd, sinkhorn_autograd):
+        family.register("stillhouse_simt")
     return torch.ops.stillhouse_simt
 
 

@@ -14,14 +14,6 @@ from stillhouse.ops.sinkhorn_autograd import DOMAINS, GRADIENTS, GROUNDS, VALUES
 DOUBLE = torch.float64
 
 
-@pytest.fixture(params=range(ops.cpu_level() + 1), ids=lambda n: f"level{n}")
-def level(request):
-    best = ops.cpu_level()
-    ops.cpu_level(request.param)
-    yield request.param
-    ops.cpu_level(best)
-
-
 @pytest.fixture
 def plain(monkeypatch):
     """plain(function): what it returns when the reference stands in the kernel's place."""
@@ -39,8 +31,13 @@ def plain(monkeypatch):
 def problem(groups, n, m, dtype=DOUBLE, zeros=False, seed=0):
     """Costs in [0, 1] and marginals of mass 1."""
     generator = torch.Generator().manual_seed(seed)
-    cost = torch.rand(groups, n, m, generator=generator, dtype=DOUBLE)
-    a, b = (torch.rand(groups, k, generator=generator, dtype=DOUBLE) + 0.1 for k in (n, m))
+
+    def draw(*shape):
+        x = torch.rand(shape, generator=generator, dtype=DOUBLE, device="cpu")
+        return x.to(torch.get_default_device())
+
+    cost = draw(groups, n, m)
+    a, b = (draw(groups, k) + 0.1 for k in (n, m))
     if zeros and min(n, m) > 2:
         a[0, 1] = b[0, 2] = b[-1, 0] = 0
     a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
@@ -117,40 +114,91 @@ def test_permutations_and_shifts(level):
 
 # ---- the reference, which autograd differentiates
 
-CASES = [
-    dict(),
-    dict(rho=0.7),
-    dict(rho=(None, 0.5), value="entropic"),
-    dict(annealing=0.7),
-    dict(annealing=0.5, rho=0.4, value="entropic"),
-    dict(tolerance=1e-3, iterations=60),
-    dict(value="entropic"),
-]
+CASES = {
+    "balanced": dict(),
+    "unbalanced": dict(rho=0.7),
+    "unbalanced on one side": dict(rho=(None, 0.5), value="entropic"),
+    "annealed": dict(annealing=0.7),
+    "annealed and unbalanced": dict(annealing=0.5, rho=0.4, value="entropic"),
+    "stopped": dict(tolerance=1e-3, iterations=60),
+    "entropic": dict(value="entropic"),
+    "implicit and unbalanced": dict(gradient="implicit", rho=0.7, value="entropic"),
+    "envelope": dict(gradient="envelope", value="entropic"),
+    "ragged": dict(lengths=True),
+    "ragged, annealed and unbalanced": dict(lengths=True, annealing=0.6, rho=0.3),
+}
 SIZES = [(5, 5), (7, 70), (130, 33), (300, 257), (1, 1), (1, 9)]
+
+
+def ragged(n, m, *sides):
+    """Lengths of three problems, and marginals of mass 1 within them."""
+    lengths = torch.tensor([[n, m], [(n + 1) // 2, m], [1, (m + 2) // 3]])
+    for side, count in enumerate((n, m)):
+        there = torch.arange(count) < lengths[:, side, None]
+        mass = torch.where(there, sides[side], 0)
+        sides[side].copy_(mass / mass.sum(-1, keepdim=True))
+    return lengths
+
+
+def assert_is_the_reference(run, plain, label):
+    """Every field of a `Transport` and the gradients beside it; float64."""
+    (found, gradients), (want, wanted) = run(), plain(run)
+    for name in found._fields:
+        if getattr(want, name) is not None:
+            assert_same(getattr(found, name), getattr(want, name), f"{name} {label}", 1e-8, 1e-9)
+    for number, (got, expected) in enumerate(zip(gradients, wanted, strict=True)):
+        # Where a marginal is 0 the reference's logarithm has no derivative.
+        expected = torch.where(expected.isfinite(), expected, got)
+        scale = max(1.0, float(expected.abs().max()))
+        assert_same(got, expected, f"gradient {number} {label}", 1e-7, 1e-9 * scale)
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.003])
 @pytest.mark.parametrize("domain", ["auto", "log"])
-@pytest.mark.parametrize(("n", "m"), SIZES)
-def test_against_the_reference(n, m, domain, epsilon, plain, level):
-    """Every field and gradient in float64; an epsilon of 0.003 needs sums out of floats' range."""
-    for number, options in enumerate(CASES):
-        cost, a, b = problem(3, n, m, zeros=number % 2 == 1)
-        options = dict(iterations=4, domain=domain, epsilon=epsilon) | options
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(case, domain, epsilon, plain, level):
+    """Every field and gradient; an epsilon of 0.003 needs sums out of floats' range."""
+    # The executor is slow, and of the shorter ones has all ways.
+    sizes = [size for size in SIZES if size != (300, 257)] if level == "simt" else SIZES
+    for number, (n, m) in enumerate(sizes):
+        options = dict(iterations=4, domain=domain, epsilon=epsilon) | CASES[case]
+        if options.get("gradient", "unrolled") != "unrolled" and (n > 100 or epsilon < 0.1):
+            continue  # the reference inverts a matrix of n + m
+        cost, a, b = problem(3, n, m, zeros=number % 2 == 1 and "lengths" not in options)
+        if "lengths" in options:
+            options["lengths"] = ragged(n, m, a, b)
         upstream = torch.randn(3, dtype=DOUBLE)
 
         def run(cost=cost, a=a, b=b, upstream=upstream, options=options):
             return with_gradients(cost, a, b, upstream, **options)
 
-        (found, gradients), (want, wanted) = run(), plain(run)
-        label = f"{options}"
-        for name in found._fields:
-            assert_same(getattr(found, name), getattr(want, name), f"{name} {label}", 1e-8, 1e-9)
-        for name, got, expected in zip(("cost", "a", "b"), gradients, wanted, strict=True):
-            # Where a marginal is 0 the reference's logarithm has no derivative.
-            expected = torch.where(expected.isfinite(), expected, got)
-            scale = max(1.0, float(expected.abs().max()))
-            assert_same(got, expected, f"d {name} {label}", 1e-7, 1e-9 * scale)
+        assert_is_the_reference(run, plain, f"{n} x {m}")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(rho=0.7, value="entropic", annealing=0.5)])
+@pytest.mark.parametrize("m", [600, 4097, 8200])
+def test_rows_of_any_length(m, options, plain, level):
+    """What a team of a GPU keeps of a row, and longer ones."""
+    for dtype in (DOUBLE, torch.float32):
+        cost, a, b = (x.to(dtype) for x in problem(2, 5, m))
+        upstream = torch.randn(2, dtype=dtype)
+        options = dict(epsilon=0.05, iterations=3) | options
+        if dtype == DOUBLE:
+            assert_is_the_reference(
+                lambda: with_gradients(cost, a, b, upstream, **options),  # noqa: B023
+                plain,
+                f"{m}",
+            )
+            continue
+        found, gradients = with_gradients(cost, a, b, upstream, **options)
+        want, wanted = with_gradients(
+            cost.double(), a.double(), b.double(), upstream.double(), **options
+        )
+        assert_same(found.value, want.value, rtol=1e-5)
+        assert_same(found.plan, want.plan, rtol=2e-4, atol=1e-9)
+        for got, expected in zip(gradients, wanted, strict=True):
+            scale = float(expected.abs().max())
+            assert_same(got, expected, rtol=1e-3, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize("domain", ["auto", "log"])
@@ -300,7 +348,7 @@ def test_gradients_meet_at_the_fixed_point(epsilon, rho, level):
     """Unrolled, implicit and, of the entropic value, envelope; of marginals up to a constant."""
     cost, a, b = problem(3, 12, 9, zeros=True)
     upstream = torch.randn(3, dtype=DOUBLE)
-    options = dict(epsilon=epsilon, iterations=3000, rho=rho)
+    options = dict(epsilon=epsilon, iterations=300 if level == "simt" else 3000, rho=rho)
     for value, others in (("transport", ["implicit"]), ("entropic", ["implicit", "envelope"])):
         _, want = with_gradients(cost, a, b, upstream, value=value, **options)
         for gradient in others:
@@ -404,7 +452,7 @@ def test_points_are_their_matrix(cost, gradient, d, level):
         assert_same(given[1].grad, given[3].grad, cost, 1e-8, 1e-10)
 
 
-def test_debiased_points():
+def test_debiased_points(level, plain):
     x, y = torch.randn(2, 30, 4, dtype=DOUBLE), torch.randn(2, 20, 4, dtype=DOUBLE)
     _, a, b = problem(2, 30, 20)
     options = dict(epsilon=0.5, cost="l1", iterations=50)
@@ -417,6 +465,34 @@ def test_debiased_points():
     ]
     assert_same(other.value, parts[0] - (parts[1] + parts[2]) / 2)
     assert (other.value > 0).all()
+
+    def run():
+        given = [each.clone().requires_grad_() for each in (x, y, a, b)]
+        x_given, y_given, a_given, b_given = given
+        found = ops.sinkhorn_points(x_given, y_given, a=a_given, b=b_given, debias=True, **options)
+        found.value.sum().backward()
+        return found, [each.grad for each in given]
+
+    assert_is_the_reference(run, plain, "debiased")
+
+
+def test_clouds_that_are_handed_on_in_parts(level):
+    """The derivatives of so many costs are not there at the same time on a GPU; the second cloud's
+    gradient is added up over the parts."""
+    n = 3000 if level == "cuda" else 400
+    x, y = torch.rand(1, n + 10, 1), torch.rand(1, n, 1)
+    mass = dict(a=torch.full((n + 10,), 1 / (n + 10)), b=torch.full((n,), 1 / n))
+    options = dict(epsilon=0.1, iterations=1)
+    for dtype, coarse in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+        given = [each.to(dtype, copy=True).requires_grad_() for each in (x, y)]
+        same = [each.detach().double().requires_grad_() for each in given]
+        ops.sinkhorn_points(*given, cost="l1", **mass, **options).value.sum().backward()
+        cost = sinkhorn_reference.distances(*same, "l1")
+        wide = {name: each.double() for name, each in mass.items()}
+        ops.sinkhorn(cost, **wide, **options).value.sum().backward()
+        for got, want in zip(given, same, strict=True):
+            scale = float(want.grad.abs().max())
+            assert_same(got.grad, want.grad, rtol=coarse, atol=coarse * scale)
 
 
 def test_clouds_are_large_without_a_matrix():

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import divergence_autograd
 from .divergence_arguments import pack, positive
+from .divergence_autograd import has_kernel
 from .kinds import Number
-from .sinkhorn_autograd import DOMAINS, GRADIENTS, GROUNDS, VALUES, Solved, has_kernel, wide_type
+from .sinkhorn_autograd import DOMAINS, GRADIENTS, GROUNDS, VALUES, Solved, wide_type
 from .sinkhorn_reference import reference
 
 _SLACK = 1e-4  # relative, between the total masses of two marginals

@@ -17,11 +17,6 @@ VALUES = ("transport", "entropic")
 GRADIENTS = ("unrolled", "implicit", "envelope")
 
 
-def has_kernel(x):
-    """Whether a kernel of this family is built for this tensor's device."""
-    return x.is_cpu
-
-
 def wide_type(x):
     """The dtype of results: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
