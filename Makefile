@@ -50,7 +50,7 @@ test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/simt  ## every test; builds the
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
 simt-mutants: $(STAMPS)/cpu $(STAMPS)/simt  ## delete each barrier and narrow each mask of the CUDA kernels: do the tests notice?
-	$(PY) tests/simt/mutants.py
+	$(PY) tests/simt/mutants.py $(ARGS)
 
 ptxas: $(STAMPS)/torch  ## registers, shared memory and spills of every CUDA kernel, for every architecture
 	$(PY) tools/ptxas.py $(ARGS)

@@ -40,12 +40,14 @@ def grid() -> list[Cell]:
 
 @cache
 def _inputs(cell: Cell) -> tuple[Tensor, ...]:
+    """On the default device, which is the one to measure."""
     generator = torch.Generator().manual_seed(0)
+    shape, count = (cell.rows // cell.columns, cell.columns, cell.columns), 1
     if cell.form == POINTS:
-        shape = (GROUPS, SIZE, DIMENSION)
-        return tuple(torch.rand(shape, generator=generator) for _ in range(2))
-    groups = cell.rows // cell.columns
-    return (2 * torch.rand(groups, cell.columns, cell.columns, generator=generator),)
+        shape, count = (GROUPS, SIZE, DIMENSION), 2
+    drawn = (torch.rand(shape, generator=generator, device="cpu") for _ in range(count))
+    scale = 1 if cell.form == POINTS else 2
+    return tuple((scale * x).to(torch.get_default_device()) for x in drawn)
 
 
 def _with_backward(cell: Cell, value: Callable[..., Tensor]) -> Callable[[], None]:
@@ -171,8 +173,9 @@ def runners(
     cell: Cell, providers: list[Provider], device: str
 ) -> dict[str, Callable[[int], float]]:
     """The functions to time at a cell, and the floor."""
-    found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
-    found[FLOOR] = build_floor(cell)
+    with torch.device(device):
+        found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
+        found[FLOOR] = build_floor(cell)
     return timed_calls(found, device)
 
 
@@ -181,6 +184,7 @@ def memory_call(
 ) -> tuple[Callable[[], object], int]:
     """For `measure.peak_memory`: the warmed-up call, and no gradient."""
     torch.set_num_threads(threads)
-    call = next(p for p in PROVIDERS if p.name == name).build(cell)
+    with torch.device(device):
+        call = next(p for p in PROVIDERS if p.name == name).build(cell)
     call()
     return call, 0

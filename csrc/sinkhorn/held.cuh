@@ -57,7 +57,7 @@ struct HeldProblem {
     });
     return __syncthreads_or(wrong);
   }
-  // The largest cost that is finite, where epsilon begins.
+  // The largest cost that is finite, where epsilon begins; those who read it have loaded costs before.
   __device__ void find_start() const {
     Real most[1] = {0};
     each_row([&](int, const Real(&x)[kHeld]) {
@@ -67,7 +67,6 @@ struct HeldProblem {
     });
     Team<kCudaThreads>::reduce(most, Largest());
     if (threadIdx.x == 0) t.progress->start = double(most[0]);
-    __syncthreads();
   }
   // Kernel domain: where it is not ruled out, and epsilon stays what it is.
   __device__ bool may_hold_kernel() const {
@@ -190,7 +189,6 @@ __device__ bool HeldProblem<Real, kHeld>::solve() const {
   __syncthreads();
   for (int tile = warp(); t.by_sides() && tile * kWarpSize < t.m; tile += kCudaWarps)
     finish_columns<1>(step, held, kWarpSize * kHeld, sums, tile);
-  __syncthreads();
   leave_solution<N>(t);
   clear_rest(t, 0, 1);
   return true;
@@ -202,20 +200,17 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
   SHARED_DYNAMIC(Real, shared);
   for (int64_t group = blockIdx.x; group < batch.groups; group += gridDim.x) {
     DeviceTask<Real> t(batch, group, false, false, scratch + blockIdx.x * bytes);
-    __syncthreads();  // the last problem's readers are done
     if (!t.is_valid) {
       refuse(t);
       continue;
     }
     transpose_points(t, 0, 1);
-    __syncthreads();
+    __syncthreads();  // and the last problem's readers are done
     const HeldProblem<Real, kHeld> problem(t, shared);
     if (batch.annealing > 0) problem.find_start();
+    // Whether it is done is a vote, after which nobody reads K any more.
     const bool done = problem.may_hold_kernel() && problem.template solve<Scalings<Real>>();
-    if (!done) {
-      __syncthreads();  // nobody reads K any more
-      problem.template solve<Exponents<Real>>();
-    }
+    if (!done) problem.template solve<Exponents<Real>>();
   }
 }
 
@@ -286,23 +281,19 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
   SHARED_DYNAMIC(Real, shared);
   for (int64_t group = first + blockIdx.x; group < first + count; group += gridDim.x) {
     DeviceTask<Real> t(batch, group, true, false, scratch + blockIdx.x * bytes);
-    __syncthreads();  // the last problem's readers are done
     const HeldProblem<Real, kHeld> problem(t, shared);
-    if (t.is_valid) {
-      transpose_points(t, 0, 1);
-      __syncthreads();
-      if (batch.annealing > 0) problem.find_start();
-      const bool done =
-          problem.may_hold_kernel() && problem.template differentiate<Scalings<Real>>(weights);
-      if (!done) {
-        __syncthreads();
-        problem.template differentiate<Exponents<Real>>(weights);
-      }
+    if (!t.is_valid) {
+      gradient_rows<kCudaThreads, kHeld, 1, Exponents<Real>>(t, problem.held, 0, int(batch.n),
+                                                             weights);
+      marginal_gradients<Exponents<Real>>(t);
       continue;
     }
-    gradient_rows<kCudaThreads, kHeld, 1, Exponents<Real>>(t, problem.held, 0, int(batch.n),
-                                                           weights);
-    marginal_gradients<Exponents<Real>>(t);
+    transpose_points(t, 0, 1);
+    __syncthreads();  // and the last problem's readers are done
+    if (batch.annealing > 0) problem.find_start();
+    const bool done =
+        problem.may_hold_kernel() && problem.template differentiate<Scalings<Real>>(weights);
+    if (!done) problem.template differentiate<Exponents<Real>>(weights);
   }
 }
 

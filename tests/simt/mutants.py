@@ -1,6 +1,6 @@
 """Deletes each barrier and narrows each mask of the real CUDA kernels, one at a time: do the tests
-notice (`make simt-mutants`)? The executor does it while it runs, by SIMT_DELETE and SIMT_NARROW, so
-nothing is compiled again."""
+notice (`make simt-mutants`, of one family with ARGS="sinkhorn")? The executor does it while it
+runs, by SIMT_DELETE and SIMT_NARROW, so nothing is compiled again."""
 
 import os
 import re
@@ -10,40 +10,56 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 3
-SELECTED = "simt and (cross_entropy or widths and (JSD or Forward) or adaptive or uld)"
-TESTS = ["tests/ops/test_parity.py", "tests/ops/test_order.py", "-q", "-x", "-k", SELECTED]
+# Of each family, tests that reach all of its kernels in little time.
+TESTS = {
+    "divergence": (
+        "simt and (cross_entropy or widths and (JSD or Forward) or adaptive or uld)",
+        ["tests/ops/test_parity.py", "tests/ops/test_order.py"],
+    ),
+    "sinkhorn": (
+        "simt and (reference and (0.1 and (ragged or stopped) or implicit) or narrow or handed "
+        "or pairwise and 1025 or debiased or points_are and 3 or any_length and 4097)",
+        ["tests/ops/test_sinkhorn.py", "tests/ops/test_pairwise_l1.py"],
+    ),
+}
 BARRIER = re.compile(r"__syncthreads\(\)|__syncwarp\(")
 MASKED = re.compile(r"__(shfl\w*|ballot|any|all|match_any)_sync\(")
 
 
 def sites():
-    """(variable, "file:line", text) of what can be taken away."""
+    """(variable, "file:line", text, families) of what can be taken away."""
     for path in sorted([*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/**/*.cuh")]):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
+            families = [path.parent.name] if path.parent.name in TESTS else list(TESTS)
             if BARRIER.search(code):
-                yield "SIMT_DELETE", f"{path.name}:{number}", code.strip()
+                yield "SIMT_DELETE", f"{path.name}:{number}", code.strip(), families
             if MASKED.search(code):
-                yield "SIMT_NARROW", f"{path.name}:{number}", code.strip()
+                yield "SIMT_NARROW", f"{path.name}:{number}", code.strip(), families
 
 
-def verdict(variable, site, seed):
+def verdict(variable, site, seed, families):
     """What the first failing test said, or None."""
     environment = {**os.environ, variable: site, "SIMT_SEED": str(seed), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", *TESTS]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if result.returncode == 0:
-        return None
-    reasons = re.findall(r"^E +(\S.*)$", result.stdout, re.MULTILINE)
-    return reasons[0][:110] if reasons else f"exit code {result.returncode}"
+    for family in families:
+        selected, files = TESTS[family]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-k", selected]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            reasons = re.findall(r"^E +(\S.*)$", result.stdout, re.MULTILINE)
+            return reasons[0][:110] if reasons else f"exit code {result.returncode}"
+    return None
 
 
 def main():
-    if verdict("SIMT_NONE", "", 0) is not None:
+    chosen = sys.argv[1:] or list(TESTS)
+    if verdict("SIMT_NONE", "", 0, chosen) is not None:
         sys.exit("the tests fail without a mutation")
     caught = total = 0
-    for variable, site, code in sites():
-        said = [verdict(variable, site, seed) for seed in range(SEEDS)]
+    for variable, site, code, families in sites():
+        if not set(families) <= set(chosen):  # core's are for all of them
+            continue
+        said = [verdict(variable, site, seed, families) for seed in range(SEEDS)]
         hits = sum(what is not None for what in said)
         total += 1
         caught += hits == SEEDS
