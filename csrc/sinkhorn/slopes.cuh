@@ -17,7 +17,7 @@ constexpr int kPairThreads = 256, kPairTile = 64, kPairDepth = 16;
 // L1 distances of 64 by 64 pairs; a thread has 4 by 4 of them, 16 apart, so that a warp reads 16 numbers
 // that lie side by side.
 template <class Real>
-__global__ void __launch_bounds__(kPairThreads) pairs_kernel(const Pairs<Real> p) {
+__global__ void __launch_bounds__(kPairThreads, 2) pairs_kernel(const Pairs<Real> p) {
   SHARED_ARRAY(Real, xs, kPairDepth * (kPairTile + 1));
   SHARED_ARRAY(Real, ys, kPairDepth * (kPairTile + 1));
   const int64_t across = (p.m + kPairTile - 1) / kPairTile,
@@ -80,7 +80,7 @@ constexpr int kSlopeOthers = 32;
 
 // kWide dimensions of 4 * 256 / kWide rows a block.
 template <class Real, int kWide>
-__global__ void __launch_bounds__(kPairThreads) slopes_kernel(const Slopes<Real> s) {
+__global__ void __launch_bounds__(kPairThreads, 2) slopes_kernel(const Slopes<Real> s) {
   constexpr int kRowsAtOnce = kPairThreads / kWide, kRows = 4 * kRowsAtOnce;
   SHARED_ARRAY(Real, others, kSlopeOthers * kWide);
   SHARED_ARRAY(Real, weights, kRows * (kSlopeOthers + 1));
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kPairThreads) slopes_kernel(const Slopes<Real>
 
 // Numbers in another type.
 template <class Real>
-__global__ void __launch_bounds__(kPairThreads)
+__global__ void __launch_bounds__(kPairThreads, 2)
     narrow_kernel(const Real* from, const Matrix to, int64_t count) {
   const int64_t step = int64_t(gridDim.x) * kPairThreads;
   with_type(to.dtype, to.data, [&](auto* out) {

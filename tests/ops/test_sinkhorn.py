@@ -152,7 +152,7 @@ def assert_is_the_reference(run, plain, label):
         assert_same(got, expected, f"gradient {number} {label}", 1e-7, 1e-9 * scale)
 
 
-@pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.003])
+@pytest.mark.parametrize("epsilon", [0.1, 0.003])
 @pytest.mark.parametrize("domain", ["auto", "log"])
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(case, domain, epsilon, plain, level):
@@ -342,7 +342,7 @@ def test_a_gradient_of_some_inputs_alone(gradient, domain):
 
 
 @pytest.mark.parametrize("rho", [None, 0.8, (0.5, None)])
-@pytest.mark.parametrize("epsilon", [0.2, 0.05])
+@pytest.mark.parametrize("epsilon", [0.05])
 def test_gradients_meet_at_the_fixed_point(epsilon, rho, level):
     """Unrolled, implicit and, of the entropic value, envelope; of marginals up to a constant."""
     cost, a, b = problem(3, 12, 9, zeros=True)
@@ -418,7 +418,7 @@ def test_unbalanced_agrees_with_pot(rho):
 
 @pytest.mark.parametrize("cost", GROUNDS[1:])
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("d", [1, 3, 40])
+@pytest.mark.parametrize("d", [3, 40])
 def test_points_are_their_matrix(cost, gradient, d, level):
     value = "entropic" if gradient == "envelope" else "transport"
     x, y = torch.randn(3, 70, d, dtype=DOUBLE), torch.randn(3, 40, d, dtype=DOUBLE)
