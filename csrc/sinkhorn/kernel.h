@@ -20,6 +20,7 @@ enum BlockSum : int64_t { kError, kValue, kLargest, kBroken, kBlockSums };
 
 constexpr int64_t kBlockRows = 64;      // rows whose sums over columns are added up together
 constexpr int64_t kResident = 1 << 16;  // elements of a matrix that is held with its transpose
+constexpr int64_t kDimensions = 16;     // of points that are worked on by dimension, at a time
 constexpr int64_t kTestEvery = 5;       // iterations between two looks at the tolerance
 constexpr double kKernelRange = 80;     // of costs over epsilon: e^-80 is a normal float
 
@@ -60,7 +61,8 @@ struct Batch {
   // and what a point takes in scratch then.
   SH_INLINE bool by_dimension() const { return other.width >= 8; }
   SH_INLINE int64_t point_size() const {
-    return by_dimension() ? padded(other.width) : other.width;
+    return by_dimension() ? (other.width + kDimensions - 1) / kDimensions * kDimensions
+                          : other.width;
   }
   // Whether K and its transpose stay in a core's cache.
   SH_INLINE bool can_be_resident() const {
@@ -127,10 +129,10 @@ struct Task {
     take(totals, width), take(of_block, count * kBlockSums);
     take(resident, b.can_be_resident()
                        ? (b.ground == kMatrix ? 2 : 3) * rows * width + 3 * (rows + width) +
-                             (gradient ? padded(2 * b.iterations) * (2 * rows + width) : 0)
+                             (gradient ? 2 * b.iterations * (rows + width) : 0)
                        : 0);
     const bool of_points = b.ground != kMatrix;
-    take(transposed, of_points ? b.other.width * width : 0);
+    take(transposed, of_points ? b.point_size() * width : 0);
     take(points, of_points && b.by_dimension() ? b.point_size() * width : 0);
     if (gradient) {
       const int64_t iterations = b.mode == kUnrolled ? b.iterations : 1;

@@ -212,39 +212,66 @@ double diagonal(const Task<Real>& t, int64_t j) {
   return double(t.column_sums[j]) / t.lambda_b;
 }
 
+// Where the residual's product with itself is small enough, and how long it may take.
+constexpr int64_t kMostSteps = 1000;
+template <class Real>
+double solver_target(double product) {
+  const double least = sizeof(Real) == 4 ? 1e-7 : 1e-14;
+  return product * least * least;
+}
+
+// Where both marginals are kept, y may be moved by a constant: the equations leave it open, and what
+// rounding puts into the residual along it would be answered by the largest of steps.
+template <class Real>
+bool has_constants(const Task<Real>& t) {
+  return t.lambda_a == 1 && t.lambda_b == 1;
+}
+
+// Takes that out of the residual; returns its product with itself.
+template <class Real>
+double measure_residual(Task<Real>& t) {
+  double sum = 0, total = 0, product = 0;
+  for (int64_t j = 0; j < t.m; ++j) sum += double(t.residual[j]), total += double(t.column_sums[j]);
+  const double share = has_constants(t) && total > 0 ? sum / total : 0;
+  for (int64_t j = 0; j < t.m; ++j) {
+    const double d = diagonal(t, j);
+    t.residual[j] -= Real(share * double(t.column_sums[j]));
+    if (d > 0) product += double(t.residual[j]) * double(t.residual[j]) / d;
+  }
+  return product;
+}
+
 template <class Real>
 void start_solver(Task<Real>& t) {
   add_blocks(t);
-  t.product = 0;
   for (int64_t j = 0; j < padded(t.m); ++j) {
     const double d = j < t.m ? diagonal(t, j) : 0;
     t.residual[j] = d > 0 ? Real(t.totals[j]) : Real(0);
-    t.direction[j] = d > 0 ? Real(t.totals[j] / d) : Real(0);
     t.solution[j] = 0;
-    t.product += double(t.residual[j]) * double(t.direction[j]);
   }
-  const double least = sizeof(Real) == 4 ? 1e-7 : 1e-14;
-  t.target = t.product * least * least;
+  t.product = measure_residual(t);
+  for (int64_t j = 0; j < padded(t.m); ++j) {
+    const double d = j < t.m ? diagonal(t, j) : 0;
+    t.direction[j] = d > 0 ? Real(double(t.residual[j]) / d) : Real(0);
+  }
+  t.target = solver_target<Real>(t.product);
   t.iteration = 0;
 }
 
 // Whether the residual is small enough, or as small as it gets.
 template <class Real>
 bool advance_solver(Task<Real>& t) {
-  constexpr int64_t kMost = 1000;
   add_blocks(t);
   double curvature = 0;
   for (int64_t j = 0; j < t.m; ++j)
     curvature += double(t.direction[j]) * (diagonal(t, j) * double(t.direction[j]) - t.totals[j]);
-  if (!(curvature > 0) || ++t.iteration > kMost) return true;
+  if (!(curvature > 0) || ++t.iteration > kMostSteps) return true;
   const double step = t.product / curvature;
-  double product = 0;
   for (int64_t j = 0; j < t.m; ++j) {
-    const double d = diagonal(t, j);
     t.solution[j] += Real(step * double(t.direction[j]));
-    t.residual[j] -= Real(step * (d * double(t.direction[j]) - t.totals[j]));
-    if (d > 0) product += double(t.residual[j]) * double(t.residual[j]) / d;
+    t.residual[j] -= Real(step * (diagonal(t, j) * double(t.direction[j]) - t.totals[j]));
   }
+  const double product = measure_residual(t);
   const double ratio = product / t.product;
   t.product = product;
   for (int64_t j = 0; j < t.m; ++j) {
@@ -332,6 +359,7 @@ void after_gradient(Task<Real>& t) {
   const int64_t width = padded(b.m), d = b.other.width, size = b.point_size();
   for (int64_t j = 0; j < b.m; ++j) {
     with_type(b.d_other.dtype, b.d_other.row(t.group * b.m + j), [&](auto* out) {
+      if (t.blocks == 1 && b.by_dimension()) return narrow_first(d, t.other_points + j * size, out);
       for (int64_t k = 0; k < d; ++k) {
         double sum = 0;
         for (int64_t block = 0; block < t.blocks; ++block)
