@@ -360,6 +360,17 @@ def test_gradients_meet_at_the_fixed_point(epsilon, rho, level):
                 assert float(difference.nan_to_num().abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("domain", ["auto", "log"])
+def test_the_implicit_gradient_of_kept_marginals(domain, level):
+    """They leave a constant open, which rounding must not get into."""
+    cost = 2 * problem(16, 40, 40, torch.float32)[0]
+    upstream = torch.ones(16)
+    options = dict(iterations=100, gradient="implicit", domain=domain, epsilon=0.2)
+    _, (want, *_) = with_gradients(cost.double(), None, None, upstream.double(), **options)
+    _, (got, *_) = with_gradients(cost, None, None, upstream, **options)
+    assert_same(got, want, rtol=0, atol=5e-6)
+
+
 def test_twenty_iterations_are_nearly_the_fixed_point():
     """1e-3 apart, as the sheet of SinKD's setting says; the envelope is far off."""
     student, teacher = (3 * torch.randn(2, 8, 10, dtype=DOUBLE)).unbind(0)

@@ -64,6 +64,24 @@ def test_nothing_is_kept_without_a_gradient():
     assert empty.value.shape == (0,)
 
 
+def test_settings_are_those_of_each_call():
+    """Also where equal ones were seen before: in a mode, as a tensor, as another type."""
+    cost = torch.rand(2, 3, 3, requires_grad=True)
+    for epsilon, mode in ((0.51, torch.inference_mode()), (0.52, torch.no_grad())):
+        with mode:
+            ops.sinkhorn(cost.detach(), epsilon)
+        ops.sinkhorn(cost, epsilon).value.sum().backward()
+    torch.func.grad(lambda x: (ops.sinkhorn(cost.detach(), 0.53), x.sum())[1])(torch.ones(2))
+    ops.sinkhorn(cost, 0.53).value.sum().backward()
+    epsilon = torch.tensor(0.1)
+    first = ops.sinkhorn(cost, epsilon).value
+    epsilon.fill_(0.5)
+    assert not torch.equal(ops.sinkhorn(cost, epsilon).value, first)
+    ops.sinkhorn(cost, 0.1, iterations=7)
+    with pytest.raises(ValueError, match=r"iterations must be an integer of at least 1, got 7\.0"):
+        ops.sinkhorn(cost, 0.1, iterations=7.0)
+
+
 GOOD = torch.rand(2, 3, 4)
 MASS = (torch.full((2, 3), 1 / 3), torch.full((2, 4), 1 / 4))
 

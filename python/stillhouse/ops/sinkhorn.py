@@ -94,7 +94,8 @@ def sinkhorn(
     _check_tensor("cost", cost, "[G, n, m]")
     settings = _settings(epsilon, iterations, tolerance, domain, gradient, value, rho, annealing)
     call = _with_sides(settings, cost, cost.shape[1:], a, b, lengths)
-    _check_costs(cost, domain, epsilon)
+    if domain == "kernel":
+        _check_range(cost, epsilon)
     return _solve(cost, None, GROUNDS.index("matrix"), call, return_plan)
 
 
@@ -198,14 +199,14 @@ def pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
 
 def _check_floating(**tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {found}")
 
 
 def _check_tensor(name: str, x: Tensor, shape: str) -> None:
     _check_floating(**{name: x})
-    if x.dim() != 3 or 0 in x.shape[1:]:
+    if len(x.shape) != 3 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be {shape} with no size 0, got {tuple(x.shape)}")
 
 
@@ -231,7 +232,42 @@ def _pairs(lengths: Tensor) -> Tensor:
     return lengths if lengths.dim() == 2 else lengths[:, None].expand(-1, 2)
 
 
-def _settings(
+# Calls whose settings are plain numbers, by these. Between two calls the rest of a training step
+# puts this code out of the caches: to check and pack the same numbers again costs as much as 20
+# problems.
+_known: dict[tuple, _Call] = {}
+_MOST_KNOWN = 64
+
+
+def _settings(*given: Any) -> _Call:
+    """A call without its marginals and lengths."""
+    if torch.compiler.is_compiling():
+        return _check_settings(*given)
+    key = (type(given[1]), *given)
+    try:
+        call = _known.get(key)
+    except TypeError:  # what has no hash is no number
+        call = None
+    if call is None:
+        call = _check_settings(*given)
+        if _lasts(call.numbers) and not _has_tensors(given):
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[key] = call
+    return call
+
+
+def _has_tensors(given: tuple) -> bool:
+    return any(isinstance(x, Tensor) or (isinstance(x, tuple) and _has_tensors(x)) for x in given)
+
+
+def _lasts(x: Tensor) -> bool:
+    """Whether a tensor made here is like any other once the modes end that it was made in."""
+    wrapped = torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and not x.is_inference() and not wrapped
+
+
+def _check_settings(
     epsilon: Number,
     iterations: int,
     tolerance: float | None,
@@ -241,7 +277,6 @@ def _settings(
     rho: Any,
     annealing: Number | None,
 ) -> _Call:
-    """A call without its marginals and lengths."""
     for name, word, known in (
         ("domain", domain, DOMAINS),
         ("gradient", gradient, GRADIENTS),
@@ -282,16 +317,17 @@ def _with_sides(
 ) -> _Call:
     """The call for costs or points `x` with these marginals."""
     n, m = sizes
-    a, b = _marginal("a", a, x, n), _marginal("b", b, x, m)
-    if lengths is not None:
-        lengths = _check_lengths(lengths, x, sizes)
     if a is b is lengths is None:
         if call.is_balanced and n != m:
             raise ValueError(
                 f"marginals of ones need n = m, got {n} and {m}: pass a and b of the same total "
                 "mass"
             )
-    elif _can_look(x) and len(x):
+        return call
+    a, b = _marginal("a", a, x, n), _marginal("b", b, x, m)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, x, sizes)
+    if _can_look(x) and len(x):
         _check_masses(x, sizes, (a, b), lengths, call.is_balanced)
     return call._replace(a=a, b=b, lengths=lengths)
 
@@ -356,16 +392,15 @@ def _check_masses(
         )
 
 
-def _check_costs(cost: Tensor, domain: str, epsilon: Number) -> None:
+def _check_range(cost: Tensor, epsilon: Number) -> None:
     if not _can_look(cost) or cost.numel() == 0:
         return
-    if domain == "kernel":
-        most = float(cost.detach().amax()) / float(epsilon)
-        if most > _KERNEL_RANGE:
-            raise ValueError(
-                f'domain="kernel" needs costs / epsilon of at most {_KERNEL_RANGE:g}, got '
-                f'{most:.4g}: "log" or "auto" has no such limit'
-            )
+    most = float(cost.detach().amax()) / float(epsilon)
+    if most > _KERNEL_RANGE:
+        raise ValueError(
+            f'domain="kernel" needs costs / epsilon of at most {_KERNEL_RANGE:g}, got '
+            f'{most:.4g}: "log" or "auto" has no such limit'
+        )
 
 
 # ---- the op
@@ -378,7 +413,9 @@ def _solve(
         divergence_autograd.warn_without_kernel(cost, "transport")
         return Transport(*reference(cost, other, ground, call, want_plan))
     inputs = (cost, other, call.a, call.b)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    learning = torch.is_grad_enabled() and (
+        cost.requires_grad or any(x is not None and x.requires_grad for x in inputs)
+    )
     if learning:
         value, plan, *rest = Solved.apply(call, ground, want_plan, *inputs)
     else:
@@ -387,7 +424,7 @@ def _solve(
             *inputs, call.lengths, call.numbers, *words, want_plan
         )
     # The kernel has looked at the costs; an accelerator is not waited for, its value is NaN.
-    if ground == 0 and _can_look(cost) and bool((rest[2] < 0).any()):
-        group = int((rest[2] < 0).nonzero()[0])
+    if ground == 0 and _can_look(cost) and -1 in (used := rest[2].tolist()):
+        group = used.index(-1)
         raise ValueError(f"costs must not be negative or NaN, those of problem {group} are")
     return Transport(value, plan if want_plan else None, *rest)
