@@ -82,32 +82,50 @@ __device__ Real diagonal(const DeviceTask<Real>& t, int j) {
   return t.column_sums[j] / Real(t.lambda_b);
 }
 
-// By all threads of a block.
+// By all threads of a block, as all of these: takes out of the residual what lies along the constant that
+// the equations leave open where both marginals are kept; returns its product with itself.
 template <class Real>
-__device__ void start_solver(DeviceTask<Real>& t) {
-  double product[1] = {0};
+__device__ double measure_residual(DeviceTask<Real>& t) {
+  double sums[2] = {0, 0}, product[1] = {0};
+  if (t.lambda_a == 1 && t.lambda_b == 1) {
+    for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads)
+      sums[0] += double(t.residual[j]), sums[1] += double(t.column_sums[j]);
+    Team<kCudaThreads>::reduce(sums, Add());
+  }
+  const double share = sums[1] > 0 ? sums[0] / sums[1] : 0;
   for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads) {
-    const Real d = diagonal(t, j), residual = t.residual[j];
-    t.direction[j] = d > 0 ? residual / d : Real(0);
-    t.solution[j] = 0;
-    product[0] += double(residual) * double(t.direction[j]);
+    const double d = double(diagonal(t, j));
+    const Real residual = t.residual[j] -= Real(share * double(t.column_sums[j]));
+    if (d > 0) product[0] += double(residual) * double(residual) / d;
   }
   Team<kCudaThreads>::reduce(product, Add());
+  return product[0];
+}
+
+template <class Real>
+__device__ void start_solver(DeviceTask<Real>& t) {
+  const double product = measure_residual(t);
+  for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads) {
+    const Real d = diagonal(t, j);
+    t.direction[j] = d > 0 ? t.residual[j] / d : Real(0);
+    t.solution[j] = 0;
+  }
   if (threadIdx.x != 0) return;
   const double least = sizeof(Real) == 4 ? 1e-7 : 1e-14;
-  t.progress->product = product[0];
-  t.progress->target = product[0] * least * least;
-  t.progress->is_solved = !(product[0] > 0);
+  t.progress->product = product;
+  t.progress->target = product * least * least;
+  t.progress->is_solved = !(product > 0);
 }
 
 // One step; is_solved where the residual is small enough, or as small as it gets.
 template <class Real>
 __device__ void advance_solver(DeviceTask<Real>& t) {
   const double before = t.progress->product, target = t.progress->target;
-  double curvature[1] = {0}, product[1] = {0};
-  for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads)
-    curvature[0] += double(t.direction[j]) *
-                    (double(diagonal(t, j)) * double(t.direction[j]) - double(t.applied[j]));
+  double curvature[1] = {0};
+  for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads) {
+    const double direction = double(t.direction[j]);
+    curvature[0] += direction * (double(diagonal(t, j)) * direction - double(t.applied[j]));
+  }
   Team<kCudaThreads>::reduce(curvature, Add());
   if (!(curvature[0] > 0)) {
     if (threadIdx.x == 0) t.progress->is_solved = 1;
@@ -117,18 +135,16 @@ __device__ void advance_solver(DeviceTask<Real>& t) {
   for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads) {
     const double d = double(diagonal(t, j)), direction = double(t.direction[j]);
     t.solution[j] += Real(step * direction);
-    const Real residual = t.residual[j] -= Real(step * (d * direction - double(t.applied[j])));
-    if (d > 0) product[0] += double(residual) * double(residual) / d;
+    t.residual[j] -= Real(step * (d * direction - double(t.applied[j])));
   }
-  Team<kCudaThreads>::reduce(product, Add());
-  const double ratio = product[0] / before;
+  const double product = measure_residual(t), ratio = product / before;
   for (int j = int(threadIdx.x); j < t.m; j += kCudaThreads) {
     const double d = double(diagonal(t, j));
     if (d > 0) t.direction[j] = Real(double(t.residual[j]) / d + ratio * double(t.direction[j]));
   }
   if (threadIdx.x != 0) return;
-  t.progress->product = product[0];
-  t.progress->is_solved = product[0] <= target;
+  t.progress->product = product;
+  t.progress->is_solved = product <= target;
 }
 
 // ---- the last sweep

@@ -23,7 +23,7 @@ inline ScalarType wide_type(const Tensor& x) {
 }
 
 inline Tensor contiguous_of(const Tensor& x, std::vector<Tensor>& hold) {
-  hold.push_back(torch::stable::contiguous(x));
+  hold.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
   return hold.back();
 }
 
