@@ -97,13 +97,14 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
     family = FAMILIES[cell.family]
     providers = [p for p in family.PROVIDERS if p.name in (options.provider or [p.name])]
     shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers} | {family.FLOOR: {}}
+    pause = getattr(family, "PAUSE_SECONDS", measure.PAUSE_SECONDS)
     progress.say("preparing")
     calls = family.runners(cell, providers, options.device)
     times = measure.interleaved(
         calls,
         rounds=options.rounds,
         seconds=options.seconds,
-        pause=measure.PAUSE_SECONDS if options.device == "cpu" else 0,
+        pause=pause if options.device == "cpu" else 0,
         on_round=lambda done: progress.say(f"round {done}/{options.rounds}"),
     )
     # The buffers go before the probes start: those bring their own.

@@ -8,7 +8,6 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -130,17 +129,5 @@ def peak_memory(make: Callable, *arguments: object, device: str = "cpu") -> int:
 
 
 def timed_calls(calls: dict[str, Callable[[], object]], device: str) -> dict[str, Callable]:
-    """A family's runners where each provider is one call without arguments, of torch's pool alone.
-
-    Its threads have fallen asleep in the pause. They are woken first: that takes up to half a
-    millisecond, as much as a short call, and in a training step they are awake.
-    """
-    some = torch.ones(1 << 17)
-
-    def run(_: int, call: Callable[[], object]) -> float:
-        if device == "cpu":
-            for _ in range(4):
-                some.exp()
-        return seconds_of(call, device)[0]
-
-    return {name: partial(run, call=call) for name, call in calls.items()}
+    """A family's runners where each provider is one call without arguments."""
+    return {name: lambda _, call=call: seconds_of(call, device)[0] for name, call in calls.items()}

@@ -25,6 +25,9 @@ NAME = "transport"
 SMALL, POINTS, LARGE = "small", "points", "large"
 EPSILON, ITERATIONS, DIMENSION = 0.1, 20, 16
 GROUPS, SIZE = 256, 32
+# All providers run on torch's own pool. To wake it takes up to half a millisecond, as much as a
+# short call: as in a training step, one call follows the other.
+PAUSE_SECONDS = 0.0
 
 
 def grid() -> list[Cell]:

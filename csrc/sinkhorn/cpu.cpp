@@ -123,16 +123,23 @@ void start_gradient(Task<Real>& t) {
 }
 
 template <class Real>
-void begin_normal(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
-  start_task(t, group);
-  if (solved_resident(t, gradient, RowScratch<Real>(*t.batch, scratch))) return;
-  t.epsilon = 0;
-  if (t.batch->annealing > 0)
-    t.step = Step::largest;
-  else if (gradient)
-    start_gradient(t);
-  else
-    start_iterations(t);
+void begin_normal(const Pair<Task<Real>*>& tasks, int64_t count, int64_t group, bool gradient,
+                  void* scratch) {
+  const RowScratch<Real> w(*tasks.at[0]->batch, scratch);
+  for (int64_t i = 0; i < count; ++i) start_task(*tasks.at[i], group + i);
+  Pair<bool> done{};
+  if (!gradient) done = solve_resident(tasks, count, w);
+  for (int64_t i = 0; i < count; ++i) {
+    Task<Real>& t = *tasks.at[i];
+    if (done.at[i] || (gradient && differentiated_resident(t, w))) continue;
+    t.epsilon = 0;
+    if (t.batch->annealing > 0)
+      t.step = Step::largest;
+    else if (gradient)
+      start_gradient(t);
+    else
+      start_iterations(t);
+  }
 }
 
 template <class Real>
@@ -186,8 +193,9 @@ void next_normal(Task<Real>& t, bool gradient) {
 }
 
 template <class Real>
-void begin(Task<Real>& t, int64_t group, bool gradient, void* scratch) {
-  flushing([&] { begin_normal(t, group, gradient, scratch); });
+void begin(const Pair<Task<Real>*>& tasks, int64_t count, int64_t group, bool gradient,
+           void* scratch) {
+  flushing([&] { begin_normal(tasks, count, group, gradient, scratch); });
 }
 template <class Real>
 void next(Task<Real>& t, bool gradient) {

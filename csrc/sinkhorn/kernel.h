@@ -155,11 +155,17 @@ SH_INLINE int64_t row_scratch_bytes(const Batch<Real>& b) {
   return (3 * padded(b.m) + 2 * padded(b.cost.width)) * int64_t(sizeof(Real)) + 64;
 }
 
-// begin(): the first step of a group. rows(): a step's work on blocks [lo, hi). next(): what
-// follows.
+template <class T>
+struct Pair {
+  T at[2];
+};
+
+// begin(): the first steps of `count` groups, one or two, that are worked on by one thread; of a small one
+// it is all there is to do. rows(): a step's work on blocks [lo, hi). next(): what follows.
 template <class Real>
 struct SinkhornSteps {
-  void (*begin)(Task<Real>&, int64_t group, bool gradient, void* scratch);
+  void (*begin)(const Pair<Task<Real>*>&, int64_t count, int64_t group, bool gradient,
+                void* scratch);
   void (*rows)(const Task<Real>&, int64_t lo, int64_t hi, void* scratch);
   void (*next)(Task<Real>&, bool gradient);
 };

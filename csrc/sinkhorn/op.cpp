@@ -48,15 +48,18 @@ void work(const Batch<Real>& batch, bool gradient, const Tensor& like) {
   if (batch.groups >= 2 * at_once || at_once == 1) {
     const int64_t work = batch.n * batch.m * batch.iterations;
     torch::stable::parallel_for(0, batch.groups, 1 + 65536 / work, [&](int64_t lo, int64_t hi) {
-      char* const scratch = static_cast<char*>(thread_scratch(bytes + of_row + 64));
+      char* const scratch = static_cast<char*>(thread_scratch(2 * bytes + of_row + 64));
       char* const aligned =
           reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
-      Task<Real> own{};
-      own.lay_out(batch, gradient, aligned);
-      for (int64_t group = lo; group < hi; ++group) {
-        step.begin(own, group, gradient, aligned + bytes);
-        for (; own.step != Step::done; step.next(own, gradient))
-          step.rows(own, 0, own.blocks, aligned + bytes);
+      void* const rows = aligned + 2 * bytes;
+      Task<Real> own[2] = {};
+      for (int i = 0; i < 2; ++i) own[i].lay_out(batch, gradient, aligned + i * bytes);
+      for (int64_t group = lo; group < hi; group += 2) {
+        const int64_t count = hi - group > 1 ? 2 : 1;
+        step.begin({&own[0], &own[1]}, count, group, gradient, rows);
+        for (int64_t i = 0; i < count; ++i)
+          for (; own[i].step != Step::done; step.next(own[i], gradient))
+            step.rows(own[i], 0, own[i].blocks, rows);
       }
     });
     return;
@@ -66,7 +69,7 @@ void work(const Batch<Real>& batch, bool gradient, const Tensor& like) {
                reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) &
                                        ~uintptr_t(63)));
   for (int64_t group = 0; group < batch.groups; ++group) {
-    step.begin(task, group, gradient, thread_scratch(of_row));
+    step.begin({&task, &task}, 1, group, gradient, thread_scratch(of_row));
     for (; task.step != Step::done; step.next(task, gradient)) {
       torch::stable::parallel_for(0, task.blocks, 1, [&](int64_t lo, int64_t hi) {
         step.rows(task, lo, hi, thread_scratch(of_row));

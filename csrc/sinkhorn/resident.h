@@ -71,6 +71,7 @@ struct Resident {
   // Of the gradient, which is K times their product: of each iteration the rows' scalings and
   // adjoints, [terms, rows], and the columns' adjoints and scalings before it, [terms, width].
   Real *of_rows, *right;
+  bool is_held = true, goes_on = true;
 
   explicit Resident(Task<Real>& t) : t(t), rows(padded(t.batch->n)), width(padded(t.batch->m)) {
     Real* at = t.resident;
@@ -182,25 +183,26 @@ struct Resident {
     for (int64_t i = 0; i < n && out != padded_out; ++i) out[i] = padded_out[i];
   }
 
-  // All iterations; false where they left the range of floats.
-  bool solve(int64_t& used) {
-    used = 0;
+  // Half of iteration k each, of a problem that goes on; else nothing. `is_held` ends where scalings leave
+  // the range of floats, `goes_on` also where the tolerance is met, t.iteration being the last one done.
+  void rows_of_iteration(int64_t k) {
+    if (!goes_on) return;
+    const double tolerance = t.batch->tolerance;
+    if (k == 1) fill(u, rows, Real(0));
+    combine(t.m, rows, transposed, v, row_sums);
+    goes_on = !(tolerance >= 0 && k > 1 && (k - 1) % kTestEvery == 0 && off() <= tolerance);
+    if (goes_on) is_held = goes_on = update(rows, a, row_sums, t.lambda_a, u);
+  }
+  void columns_of_iteration(int64_t k) {
+    if (!goes_on) return;
     const Batch<Real>& batch = *t.batch;
-    fill(u, rows, Real(0));
-    const bool test = batch.tolerance >= 0;
-    for (int64_t k = 1; k <= batch.iterations; ++k) {
-      combine(t.m, rows, transposed, v, row_sums);
-      if (test && k > 1 && (k - 1) % kTestEvery == 0 && off() <= batch.tolerance) return true;
-      if (!update(rows, a, row_sums, t.lambda_a, u)) return false;
-      combine(t.n, width, kernel, u, column_sums);
-      if (!update(width, b, column_sums, t.lambda_b, v)) return false;
-      used = k;
-      if (batch.history == nullptr) continue;
-      Real* const kept = batch.history + (t.group * batch.iterations + k - 1) * (batch.n + batch.m);
-      exponents(t.n, u, row_sums, kept);
-      exponents(t.m, v, column_sums, kept + batch.n);
-    }
-    return true;
+    combine(t.n, width, kernel, u, column_sums);
+    is_held = goes_on = update(width, b, column_sums, t.lambda_b, v);
+    t.iteration = k;
+    if (batch.history == nullptr) return;
+    Real* const kept = batch.history + (t.group * batch.iterations + k - 1) * (batch.n + batch.m);
+    exponents(t.n, u, row_sums, kept);
+    exponents(t.m, v, column_sums, kept + batch.n);
   }
 
   // Value, error and plan of the solution.
@@ -523,34 +525,51 @@ struct Resident {
   }
 };
 
-// Solves a problem, or makes its gradient, at once where it can be held; false: by sweeps.
+// Solves a pair of problems, or one, at once where they can be held, half an iteration of each in turn: one's
+// work covers what the other waits for. Returns whether each is solved; else it is to be by sweeps.
 template <class Real>
-bool solved_resident(Task<Real>& t, bool gradient, const RowScratch<Real>& w) {
+Pair<bool> solve_resident(const Pair<Task<Real>*>& tasks, int64_t count,
+                          const RowScratch<Real>& w) {
+  const Batch<Real>& b = *tasks.at[0]->batch;
+  Pair<bool> solved{};
+  if (!b.can_be_resident()) return solved;
+  Resident<Real> problems[2] = {Resident<Real>(*tasks.at[0]), Resident<Real>(*tasks.at[count - 1])};
+  for (int64_t i = 0; i < count; ++i) {
+    set_epsilon(*tasks.at[i], b.epsilon);
+    problems[i].is_held = problems[i].goes_on = problems[i].make_kernel(true, w);
+  }
+  for (int64_t k = 1; k <= b.iterations; ++k) {
+    for (int64_t i = 0; i < count; ++i) problems[i].rows_of_iteration(k);
+    for (int64_t i = 0; i < count; ++i) problems[i].columns_of_iteration(k);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    solved.at[i] = problems[i].is_held;
+    if (solved.at[i]) problems[i].result(w);
+  }
+  return solved;
+}
+
+// Makes a problem's gradient at once where it can be held; false: by sweeps.
+template <class Real>
+bool differentiated_resident(Task<Real>& t, const RowScratch<Real>& w) {
   const Batch<Real>& b = *t.batch;
   if (!b.can_be_resident()) return false;
   const bool gives_way = b.rho_a < INFINITY || b.rho_b < INFINITY;
-  if (gradient && b.mode != kImplicit && b.objective == kEntropic && gives_way)
+  if (b.mode != kImplicit && b.objective == kEntropic && gives_way)
     return false;  // its seeds are sums of the plan
   Resident<Real> problem(t);
-  t.iteration = 1;
   set_epsilon(t, b.epsilon);
-  const bool multiplies = !gradient || b.mode == kUnrolled;
-  if (!problem.make_kernel(multiplies, w)) return false;
-  if (gradient) {
-    restore(t);
-    if (by_sides(t) && b.mode != kImplicit) set_side_seeds(t);
-    if (t.other_points != nullptr) {
-      const int64_t count = t.blocks * b.point_size() * padded(b.m);
-      for (int64_t i = 0; i < count; ++i) t.other_points[i] = 0;
-    }
-    if (!(b.mode == kEnvelope   ? problem.envelope(w)
-          : b.mode == kImplicit ? problem.implicit(w)
-                                : problem.unrolled(w)))
-      return false;
-    after_gradient(t);
-    return true;
+  if (!problem.make_kernel(b.mode == kUnrolled, w)) return false;
+  restore(t);
+  if (by_sides(t) && b.mode != kImplicit) set_side_seeds(t);
+  if (t.other_points != nullptr) {
+    const int64_t count = t.blocks * b.point_size() * padded(b.m);
+    for (int64_t i = 0; i < count; ++i) t.other_points[i] = 0;
   }
-  if (!problem.solve(t.iteration)) return false;
-  problem.result(w);
+  if (!(b.mode == kEnvelope   ? problem.envelope(w)
+        : b.mode == kImplicit ? problem.implicit(w)
+                              : problem.unrolled(w)))
+    return false;
+  after_gradient(t);
   return true;
 }
