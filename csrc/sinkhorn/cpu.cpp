@@ -27,6 +27,8 @@ namespace {
 
 #include "resident.h"
 
+#include "resident_gradient.h"
+
 #include "pairwise.h"
 
 template <class Real>
