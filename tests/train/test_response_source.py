@@ -98,6 +98,16 @@ def test_generations_are_different_responses_to_each_prompt():
     assert all(sum(prompt == tuple(p) for prompt, _ in first) == 3 for p in PROMPTS)
 
 
+@pytest.mark.parametrize("online", [True, False])
+def test_a_response_is_to_its_prompt(online):
+    def echo(ids):
+        return 50 * torch.nn.functional.one_hot(ids, 40).float()
+
+    options = dict(online=online, generations=1 if online else 2, max_new_tokens=1)
+    source = ResponseSource(PROMPTS, teacher=echo, **options)
+    assert all(response == prompt[-1:] for prompt, response in said(source.batch(12)))
+
+
 def test_online_follows_the_student():
     model = student()
     source = ResponseSource(PROMPTS, student=model, max_new_tokens=2)
@@ -198,8 +208,12 @@ def test_a_run_goes_on_where_it_was(online, tmp_path):
         )
 
     source, other = make(), make()
+    source.share = 0.4
     for _ in range(5):
         source.batch(4)
+    if not online:
+        # What was drawn stays, whatever the student has become.
+        other._sources["student"] = teacher()
     torch.save(source.state_dict(), tmp_path / "source.pt")
     expected = [said(source.batch(4)) for _ in range(5)]
     other.load_state_dict(torch.load(tmp_path / "source.pt"))

@@ -157,6 +157,10 @@ def test_layout_and_batch():
     index = supervised_rows(batch["labels"])
     assert index.target.tolist() == [4, 5, 6, 7]
     assert index.row.tolist() == [1, 4, 5, 6]
+    first = responses.part(slice(0, 1))
+    assert first.ids.tolist() == [[1, 2, 4]]
+    assert first.mask.tolist() == [[False, False, True]]
+    assert said(responses.part(torch.tensor([1, 0]))) == [[5, 6, 7], [4]]
     assert Responses.of([[1]], [[]]).mask.sum() == 0
     assert len(responses.to("cpu")) == 2
 

@@ -59,6 +59,15 @@ METHODS = {
             names=("sinkhorn_kd", "sample_sinkhorn_kd", "embedded_sinkhorn_kd", "SinKDLoss"),
             objective="SinKDLoss",
         ),
+        Method(
+            id="teacher-hacking",
+            title="Teacher hacking: a study and a detector",
+            arxiv="2502.02671",
+            domain="language",
+            kind="analysis of a training run",
+            kernels=("divergence",),
+            names=("HackingStudy", "Trace", "detect", "sequence_kl"),
+        ),
     )
 }
 

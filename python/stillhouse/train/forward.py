@@ -232,6 +232,21 @@ def evaluating(*models: Any) -> Iterator[None]:
             each.training = True
 
 
+@contextmanager
+def frozen(*models: Any) -> Iterator[None]:
+    """`evaluating`, and within no parameter of the models requires a gradient."""
+    modules = [each for each in models if isinstance(each, nn.Module)]
+    learning = [each for model in modules for each in model.parameters() if each.requires_grad]
+    with evaluating(*models):
+        for each in learning:
+            each.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for each in learning:
+                each.requires_grad_(True)
+
+
 def row_forward(model: Any) -> Callable[[Mapping[str, Any], RowIndex], LogitRows]:
     """`rows(batch, index)` of a model: those of `RowForward`, or of any other callable that maps
     ids [B, T] to logits [B, T, V], where a token's logits depend on nothing to its right.

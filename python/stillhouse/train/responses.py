@@ -54,6 +54,12 @@ class Responses:
         """The responses, int64 [n] each."""
         return [row[mask] for row, mask in zip(self.ids, self.mask, strict=True)]
 
+    def part(self, rows: slice | Tensor) -> Responses:
+        """Some of them, as wide as the longest of these needs."""
+        ids, mask, start = (x[rows] for x in (self.ids, self.mask, self.prompt_length))
+        width = int((start + mask.sum(1)).max()) if len(ids) else 0
+        return Responses(ids[:, :width], mask[:, :width], start)
+
     def batch(self) -> dict[str, Tensor]:
         """The language-model batch whose targets are the responses: `input_ids`, `attention_mask`,
         `labels` (-100 = not a target), padded on the right."""
@@ -223,9 +229,10 @@ def _plain(
         logits = plain_logits(model, ids[:, : int(end.max())])[rows, end - 1]
         token = draw(logits, step)
         ids[rows, end] = token
-        finished |= torch.isin(token, token.new_tensor(ends))
-        if finished.all():
-            break
+        if ends:
+            finished |= torch.isin(token, token.new_tensor(ends))
+            if finished.all():
+                break
     return [row[n : n + count] for row, n in zip(ids, start.tolist(), strict=True)]
 
 
