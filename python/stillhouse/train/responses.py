@@ -123,7 +123,7 @@ def rollout(
     prompts = [each.to(device) for each in prompts]
     is_language_model = callable(getattr(model, "generate", None))
     generate = _generated if is_language_model else _plain
-    ends = _ends(model, eos_token_id)
+    ends = end_tokens(model, eos_token_id)
     with torch.no_grad(), evaluating(model):
         drawn = generate(model, prompts, max_new_tokens, draw, ends)
     return Responses.of(prompts, [_cut(row, ends) for row in drawn])
@@ -242,7 +242,8 @@ def _cut(row: Tensor, ends: list[int]) -> Tensor:
     return row[: int(found[0]) + 1] if len(found) else row
 
 
-def _ends(model: Any, given: int | Iterable[int] | None) -> list[int]:
+def end_tokens(model: Any, given: int | Iterable[int] | None = None) -> list[int]:
+    """What ends a response: `given`, or else what the model's configs say."""
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         if given is None:
             given = getattr(holder, "eos_token_id", None)

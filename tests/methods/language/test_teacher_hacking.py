@@ -226,16 +226,19 @@ def test_a_run_leaves_the_student_and_measures_at_even_logarithms():
 def test_the_error_of_the_rise_is_that_of_pairs():
     """Of the differences between two students on the same responses."""
     options = dict(validation=VALIDATION, max_new_tokens=5)
-    subject = HackingStudy(Chain(0), Chain(1), Chain(0), PROMPTS, **options)
+    student = Chain(0)
+    with torch.no_grad():
+        student.logits += 0.2 * Chain(3).logits
+    subject = HackingStudy(Chain(0), Chain(1), student, PROMPTS, **options)
     found = subject.run(
-        "offline_teacher", steps=1, batch=4, optimizer=lambda p: torch.optim.SGD(p, lr=3.0)
+        "offline_teacher", steps=1, batch=4, optimizer=lambda p: torch.optim.SGD(p, lr=9.0)
     )
-    assert found.golden[1] > found.golden[0] == 0
+    assert found.golden[1] > found.golden[0] > 0
     trained = []
 
     def keeping(parameters):
         trained.extend(parameters)
-        return torch.optim.SGD(trained, lr=3.0)
+        return torch.optim.SGD(trained, lr=9.0)
 
     subject.run("offline_teacher", steps=1, batch=4, optimizer=keeping)
     drawn = rollout(subject.oracle, VALIDATION, max_new_tokens=5, seed=0)

@@ -2,7 +2,7 @@
 standard library, the test bed of the language recipes."""
 
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,12 @@ def train(
     learning_rate: float,
     decay: bool = True,
     seed: int,
+    extra: Iterable[nn.Parameter] = (),
 ) -> None:
     """Adam on `loss(logits, contexts, targets)` of `text.batch(generator)`, a `ByteText` or the
-    like; the rate falls linearly to 1e-4 with `decay`."""
+    like; the rate falls linearly to 1e-4 with `decay`. extra: parameters of the loss itself."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([*model.parameters(), *extra], lr=learning_rate, betas=(0.9, 0.99))
     for step in range(steps):
         if decay:
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) + 1e-4

@@ -1,0 +1,530 @@
+"""MGSR's losses: the clipped teacher, the learned window, spans, and the objective."""
+
+import math
+
+import pytest
+import torch
+
+from stillhouse import ops
+from stillhouse.methods.language import DACKL, MGSRLoss, clipped_kl, mgsr, span_correlation
+from stillhouse.recipes.language import mgsr as recipe
+from stillhouse.report import Report
+from stillhouse.train import LogitRows, RowIndex, supervised_rows
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 2, 3, 11, generator=generator, dtype=DOUBLE)
+    return student.requires_grad_(), teacher
+
+
+def gradient(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+def mask_by_hand(t, lower, upper, softness, keep=()):
+    """m of one row of teacher logits, class by class."""
+    p = t.softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda k: -p[k])
+    result, before = [0.0] * len(p), 0.0
+    for k in order:
+        place = before + p[k] / 2
+        before += p[k]
+        inside = 1 / (1 + math.exp((lower - place) / softness))
+        result[k] = inside / (1 + math.exp((place - upper) / softness))
+    for k in (order[0], *keep):
+        result[k] = 1.0
+    return torch.tensor(result, dtype=DOUBLE)
+
+
+# The clipped teacher ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coordinate", ["mass", "rank"])
+def test_a_window_of_everything_is_forward_kl(logits, coordinate):
+    student, teacher = logits
+    found = clipped_kl(student, teacher, 0.0, 1.0, coordinate=coordinate, softness=1e-9)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    torch.testing.assert_close(found, (p * (p / q).log()).sum(-1), rtol=1e-12, atol=1e-13)
+    (slope,) = gradient(found.sum(), student)
+    torch.testing.assert_close(slope, q - p, rtol=1e-10, atol=1e-13)
+
+
+def test_a_certain_teacher_is_cross_entropy(logits):
+    student, _ = logits
+    teacher = torch.full_like(student, -torch.inf).detach()
+    teacher[..., 4] = 1.0
+    for window in ((0.0, 1.0), (0.0, 0.3), (0.6, 0.9)):
+        found = clipped_kl(student, teacher, *window)
+        torch.testing.assert_close(found, -student.log_softmax(-1)[..., 4])
+    (slope,) = gradient(found.sum(), student)
+    torch.testing.assert_close(slope, student.softmax(-1) - (teacher == 1.0).double())
+
+
+def test_value_and_gradient_by_hand(logits):
+    student, teacher = logits
+    lower, upper, softness = 0.15, 0.8, 0.07
+    keep = torch.tensor([[1, 2, -100], [0, 10, 5]])
+    found = clipped_kl(student, teacher, lower, upper, softness=softness, keep=keep)
+    (slope,) = gradient(found.sum(), student)
+    for row in range(6):
+        i, j = divmod(row, 3)
+        kept = [int(keep[i, j])] if keep[i, j] >= 0 else []
+        weighted = mask_by_hand(teacher[i, j], lower, upper, softness, kept)
+        weighted = weighted * teacher[i, j].softmax(-1)
+        target, q = weighted / weighted.sum(), student[i, j].detach().softmax(-1)
+        torch.testing.assert_close(found[i, j], (target * (target / q).log()).sum())
+        torch.testing.assert_close(slope[i, j], q - target)
+
+
+def test_rank_takes_the_classes_one_by_one():
+    """A hard window of half of the ranks keeps five of ten, whatever their mass."""
+    teacher = torch.arange(10, 0, -1, dtype=DOUBLE)[None] * 2
+    student = torch.zeros(1, 10, dtype=DOUBLE)
+    found = clipped_kl(student, teacher, 0.0, 0.5, coordinate="rank", softness=1e-6)
+    p = teacher[:, :5].softmax(-1)
+    torch.testing.assert_close(found, (p * p.log()).sum(-1) + math.log(10))
+
+
+def test_gradients_of_window_and_logits(logits):
+    student, teacher = logits
+    lower, upper = torch.rand(2, 2, 3, dtype=DOUBLE) * 0.4 + torch.tensor([[[0.05]], [[0.5]]])
+    inputs = (student, lower.requires_grad_(), upper.requires_grad_())
+
+    def loss(z, l, u):  # noqa: E741
+        return clipped_kl(z, teacher, l, u)
+
+    assert torch.autograd.gradcheck(loss, inputs, atol=1e-7)
+
+
+def test_gradient_to_the_mask_is_p_of_difference(logits):
+    """dL / d log m_k = p'_k (d_k - L), d = log p' - log q: through l, by the chain of its m."""
+    student, teacher = (x.detach()[0, 0] for x in logits)
+    lower = torch.tensor(0.2, dtype=DOUBLE, requires_grad=True)
+    loss = clipped_kl(student, teacher, lower, 0.9)
+    m = mask_by_hand(teacher, 0.2, 0.9, 0.05)
+    target = m * teacher.softmax(-1)
+    target = target / target.sum()
+    d = (target / student.softmax(-1)).log()
+    step = 1e-6
+    up, down = (mask_by_hand(teacher, 0.2 + s, 0.9, 0.05).log() for s in (step, -step))
+    expected = (target * (d - loss.detach()) * (up - down) / (2 * step)).sum()
+    torch.testing.assert_close(gradient(loss, lower)[0], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_likeliest_class_and_the_label_are_never_clipped():
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=DOUBLE).log()
+    student = torch.zeros(1, 4, dtype=DOUBLE)
+    # The window leaves all of them out but the likeliest, whose place is 0.25.
+    alone = clipped_kl(student, teacher, 0.97, 0.99, softness=1e-3)
+    torch.testing.assert_close(alone, torch.tensor([math.log(4)], dtype=DOUBLE))
+    label = torch.tensor([1])
+    both = clipped_kl(student, teacher, 0.97, 0.99, softness=1e-3, keep=label)
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    torch.testing.assert_close(both, torch.tensor([math.log(4) - entropy], dtype=DOUBLE))
+    several = clipped_kl(student, teacher, 0.97, 0.99, softness=1e-3, keep=torch.arange(4)[None])
+    torch.testing.assert_close(several, ops.divergence(student, teacher, "forward_kl"))
+
+
+def test_excluded_columns_stay_out(logits):
+    student, teacher = (x.detach().clone() for x in logits)
+    whole = clipped_kl(student[..., :8], teacher[..., :8], 0.1, 0.9)
+    student[..., 8:] = teacher[..., 8:] = -torch.inf
+    lower = torch.full((2, 3), 0.1, dtype=DOUBLE, requires_grad=True)
+    found = clipped_kl(student.requires_grad_(), teacher, lower, 0.9)
+    torch.testing.assert_close(found, whole)
+    assert all(x.isfinite().all() for x in gradient(found.sum(), student, lower))
+
+
+def test_lower_precision_is_computed_in_float32(logits):
+    student, teacher = (x.detach() for x in logits)
+    half = student.bfloat16(), teacher.bfloat16()
+    found = clipped_kl(*half, 0.1, 0.9)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, clipped_kl(*(x.float() for x in half), 0.1, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(lower=0.5, upper=0.5), "0 <= lower < upper <= 1"),
+        (dict(lower=torch.tensor([0.1, 0.95])), "0 <= lower < upper <= 1"),
+        (dict(lower=-0.1), "0 <= lower < upper <= 1"),
+        (dict(upper=1.1), "0 <= lower < upper <= 1"),
+        (dict(upper=math.nan), "0 <= lower < upper <= 1"),
+        (dict(softness=0.0), "softness must be a positive number, got 0.0"),
+        (dict(coordinate="logit"), "coordinate must be 'mass' or 'rank', got 'logit'"),
+        (dict(keep=torch.tensor([0, 5])), "classes below 5, or -100 for none"),
+        (dict(keep=torch.tensor([0, -1])), "classes below 5, or -100 for none"),
+        (dict(teacher_logits=torch.zeros(2, 5, requires_grad=True)), "detach its logits"),
+        (dict(teacher_logits=torch.zeros(2, 6)), "6"),
+    ],
+)
+def test_bad_windows(changes, message):
+    options = dict(
+        student_logits=torch.zeros(2, 5), teacher_logits=torch.zeros(2, 5), lower=0.1, upper=0.9
+    )
+    with pytest.raises(ValueError, match=message):
+        clipped_kl(**(options | changes))
+
+
+# The learned window -------------------------------------------------------------------------------
+
+
+def test_every_window_holds_half_of_the_mass(logits):
+    student, teacher = (x.detach().float() for x in logits)
+    dac = DACKL(features=5, hidden=7)
+    lower, upper = dac.window(student, teacher)
+    torch.testing.assert_close(lower, torch.full((2, 3), 0.5 / (1 + math.exp(4))))
+    share = 1 / (1 + math.exp(-2.2))
+    torch.testing.assert_close(upper, lower + 0.5 + (0.5 - lower) * share)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for each in dac.parameters():
+                each.copy_(30 * torch.randn(each.shape, generator=generator))
+        lower, upper = dac.window(student, teacher)
+        assert ((lower >= 0) & (upper - lower >= 0.5 - 1e-6) & (upper <= 1)).all()
+        dac(student, teacher)  # no window of it is refused
+
+
+def test_the_network_by_hand(logits):
+    student, teacher = (x.detach().float() for x in logits)
+    dac = DACKL(features=4, hidden=6, seed=3)
+    with torch.no_grad():
+        dac.second.normal_(generator=torch.Generator().manual_seed(0))
+    log_p, log_q = teacher[1, 2].log_softmax(-1), student[1, 2].log_softmax(-1)
+    ids = sorted(range(11), key=lambda k: -log_p[k])[:4]
+    entropy = -(log_p.exp() * log_p).sum()
+    x = torch.stack([*log_p[ids], *log_q[ids], entropy])
+    inner = torch.nn.functional.gelu(dac.first @ x + dac.first_bias)
+    low, high = torch.sigmoid(dac.second @ inner + dac.second_bias)
+    lower, upper = dac.window(student, teacher)
+    torch.testing.assert_close(lower[1, 2], low / 2)
+    torch.testing.assert_close(upper[1, 2], low / 2 + 0.5 + (0.5 - low / 2) * high)
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    found = dac(student, teacher, labels)
+    torch.testing.assert_close(found, clipped_kl(student, teacher, lower, upper, keep=labels))
+
+
+def test_the_loss_trains_the_window_and_not_by_its_input(logits):
+    student, teacher = (x.detach().float() for x in logits)
+    student.requires_grad_()
+    dac = DACKL(features=4, hidden=6)
+    loss = dac(student, teacher).sum()
+    loss.backward()
+    assert dac.second.grad.abs().sum() > 0
+    assert dac.second_bias.grad.abs().sum() > 0
+    window = [x.detach() for x in dac.window(student, teacher)]
+    fixed = clipped_kl(student, teacher, *window).sum()
+    torch.testing.assert_close(student.grad, gradient(fixed, student)[0])
+    before = loss.item()
+    with torch.no_grad():
+        for each in dac.parameters():
+            each -= 0.1 * each.grad
+    assert dac(student, teacher).sum().item() < before
+
+
+def test_weights_come_from_the_seed_alone():
+    state = torch.get_rng_state()
+    first, second, other = DACKL(4, 6), DACKL(4, 6), DACKL(4, 6, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.first, second.first)
+    assert not torch.equal(first.first, other.first)
+
+
+def test_impossible_networks():
+    with pytest.raises(ValueError, match="features=6 are more than the 5 classes"):
+        DACKL(features=6)(torch.zeros(1, 5), torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="features and hidden must be at least 1, got 0, 3"):
+        DACKL(0, 3)
+
+
+# Spans --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sequence():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = 2 * torch.randn(2, 9, 6, generator=generator, dtype=DOUBLE)
+    return student.requires_grad_(), teacher
+
+
+def pair_by_hand(student, teacher, i):
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    return ((q[i] * q[i + 1] - p[i] * p[i + 1]) ** 2).sum()
+
+
+def test_pairs_of_adjacent_rows_within_spans(sequence):
+    found = span_correlation(*sequence, [(0, 3), (4, 5), (5, 7)])
+    pairs = [pair_by_hand(*sequence, i) for i in (0, 1, 5)]
+    torch.testing.assert_close(found, sum(pairs) / 3)
+
+
+def test_the_gradient_is_that_of_the_formula(sequence):
+    """E_i q_{i+1} + E_{i-1} q_{i-1}, and then the softmax's Jacobian."""
+    student, teacher = sequence
+    spans, pairs = [(1, 4), (4, 8)], (1, 2, 4, 5, 6)
+    (found,) = gradient(span_correlation(student, teacher, spans), student)
+    q, p = student.detach().softmax(-1), teacher.softmax(-1)
+    slope = torch.zeros_like(q)
+    for i in pairs:
+        error = 2 * (q[i] * q[i + 1] - p[i] * p[i + 1]) / len(pairs)
+        slope[i] += error * q[i + 1]
+        slope[i + 1] += error * q[i]
+    expected = q * (slope - (q * slope).sum(-1, keepdim=True))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_equal_sides_and_permuted_classes(sequence):
+    student, teacher = sequence
+    assert span_correlation(student, student.detach(), [(0, 9)]) == 0
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    whole = span_correlation(student, teacher, [(0, 9)])
+    moved = span_correlation(student[:, order], teacher[:, order], [(0, 9)])
+    torch.testing.assert_close(whole, moved)
+
+
+def test_spans_add_up_and_a_border_takes_one_pair(sequence):
+    whole, cut = (span_correlation(*sequence, s) for s in ([(0, 9)], [(0, 4), (4, 9)]))
+    parts = [span_correlation(*sequence, [s]) for s in ((0, 4), (4, 9))]
+    torch.testing.assert_close(7 * cut, 3 * parts[0] + 4 * parts[1])
+    torch.testing.assert_close(8 * whole - 7 * cut, pair_by_hand(*sequence, 3))
+
+
+def test_products_are_made_again_for_the_gradient(monkeypatch):
+    """In chunks: three of them, twice."""
+    student, teacher = torch.randn(2, 150, 5, dtype=DOUBLE, generator=torch.Generator())
+    calls, squares = [], mgsr._squares
+
+    def counted(*args):
+        calls.append(len(args[2]))
+        return squares(*args)
+
+    monkeypatch.setattr(mgsr, "_squares", counted)
+    loss = span_correlation(student.requires_grad_(), teacher, [(0, 150)])
+    assert calls == [64, 64, 21]
+    expected = sum(pair_by_hand(student, teacher, i) for i in range(149)) / 149
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, student), gradient(expected, student))
+    assert sorted(calls) == [21, 21, 64, 64, 64, 64]
+
+
+def test_half_precision_is_accumulated_in_float32():
+    student, teacher = torch.randn(2, 4, 300, generator=torch.Generator().manual_seed(0)).half()
+    found = span_correlation(student, teacher, [(0, 4)])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, span_correlation(student.float(), teacher.float(), [(0, 4)]))
+
+
+def test_without_a_pair_there_is_no_loss(sequence):
+    student, teacher = sequence
+    for spans in ([], [(2, 3), (5, 6)]):
+        excluded = torch.where(torch.arange(6) < 5, student, -torch.inf)
+        loss = span_correlation(excluded, teacher, spans)
+        assert loss == 0
+        assert gradient(loss, student)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 3), (2, 5)], [(4, 6), (0, 3)], [(7, 10)], [(3, 3)], [(-1, 2)]]
+)
+def test_bad_spans(sequence, spans):
+    with pytest.raises(ValueError, match="spans must be sorted, apart, not empty and within 9"):
+        span_correlation(*sequence, spans)
+
+
+def test_bad_rows(sequence):
+    student, teacher = sequence
+    with pytest.raises(ValueError, match=r"\[T, V\] of one shape"):
+        span_correlation(student, teacher[:5], [(0, 2)])
+    with pytest.raises(ValueError, match="detach its logits"):
+        span_correlation(student, student, [(0, 2)])
+
+
+# The objective ------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([[0, 1, 2, 3, 4, 5], [6, -100, -100, 7, 8, -100]])
+
+
+class Letters:
+    """A tokenizer of eleven letters, of which "d" is a stop."""
+
+    def decode(self, ids):
+        return "abc,efghijk"[ids[0]]
+
+
+def rows(seed=0, labels=LABELS):
+    index = supervised_rows(labels)
+    generator = torch.Generator().manual_seed(seed)
+    return (*torch.randn(2, len(index.row), 11, generator=generator, dtype=DOUBLE), index)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    """Targets are b c , e f of the first sequence, and h i of the second."""
+    student, teacher, index = rows()
+    given = student.clone().requires_grad_()
+    objective = MGSRLoss((0.5, 2.0, 300.0), window=(0.1, 0.8), tokenizer=Letters())
+    sides = LogitRows(given * 1, index), LogitRows(teacher, index)
+    assert objective.spans(sides[0]) == [(0, 2), (3, 5), (5, 7)]
+    parts = objective(*sides, {})
+    own = student.clone().requires_grad_()
+    sft = torch.nn.functional.cross_entropy(own, index.target)
+    dac = clipped_kl(own, teacher, 0.1, 0.8, keep=index.target).mean()
+    span = span_correlation(own, teacher, [(0, 2), (3, 5), (5, 7)])
+    want = 0.5 * sft + 2 * dac + 300 * span
+    torch.testing.assert_close(parts["loss"], want)
+    for name, value in (("sft", sft), ("dac", dac), ("span", span)):
+        torch.testing.assert_close(parts[name], value.detach())
+        assert not parts[name].requires_grad
+    torch.testing.assert_close(gradient(parts["loss"], given), gradient(want, own))
+    assert parts["lower"].item() == pytest.approx(0.1)
+    assert parts["upper"].item() == pytest.approx(0.8)
+    minimum = torch.minimum(student.softmax(-1), teacher.softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(parts["acceptance"], minimum)
+
+
+def test_letters_that_follow_no_space_are_one_word():
+    """What separates is the chunker's: here every letter is a phrase."""
+    student, _, index = rows()
+    objective = MGSRLoss(tokenizer=Letters(), chunker=lambda text: [(i, i + 1) for i in range(2)])
+    assert objective.spans(LogitRows(student, index)) == [(0, 1), (1, 2), (5, 6), (6, 7)]
+
+
+def test_a_gap_in_the_targets_is_a_border():
+    labels = torch.tensor([[0, 1, 2, -100, 4, 5], [6, 7, 8, 9, 10, 0]])
+    student, _, index = rows(labels=labels)
+    spans = MGSRLoss(tokenizer=Letters()).spans(LogitRows(student, index))
+    assert spans == [(0, 2), (2, 4), (4, 9)]
+
+
+def test_the_learned_window_has_parameters_and_a_state():
+    student, teacher, index = rows()
+    objective, other = (MGSRLoss((1, 1, 0), features=4, hidden=5, seed=s) for s in (0, 1))
+    parts = objective(LogitRows(student.clone(), index), LogitRows(teacher, index), {})
+    parts["loss"].backward()
+    assert len(list(objective.parameters())) == 4
+    assert all(each.grad is not None for each in objective.parameters())
+    other.load_state_dict(objective.state_dict())
+    for ours, theirs in zip(objective.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    fixed = MGSRLoss((1, 1, 0), window=(0.0, 0.9))
+    assert list(fixed.parameters()) == []
+    assert fixed.state_dict() == {}
+
+
+def test_two_micro_batches_with_a_shared_denominator_are_one_batch():
+    """Of the parts that are means over rows; each batch has its own pairs."""
+    student, teacher, index = rows()
+    objective = MGSRLoss((1.0, 1.0, 0.0), window=(0.0, 0.9))
+    whole = objective(LogitRows(student, index), LogitRows(teacher, index), {})["loss"]
+    parts = []
+    for part in (slice(0, 3), slice(3, 7)):
+        piece = RowIndex(*(x[part] for x in index))
+        sides = LogitRows(student[part], piece), LogitRows(teacher[part], piece)
+        parts.append(objective(*sides, {"denominator": 7})["loss"])
+    torch.testing.assert_close(sum(parts), whole)
+    spanning = MGSRLoss((0.0, 0.0, 1.0), window=(0.0, 0.9), tokenizer=Letters())
+    sides = LogitRows(student, index), LogitRows(teacher, index)
+    half = spanning(*sides, {"denominator": 14})["loss"]
+    torch.testing.assert_close(2 * half, spanning(*sides, {})["loss"])
+
+
+def test_padded_columns_are_left_out():
+    student, teacher, index = rows()
+    objective = MGSRLoss(features=4, tokenizer=Letters())
+    wide = torch.nn.functional.pad(student, (0, 3), value=5.0)
+    sides = LogitRows(wide, index), LogitRows(torch.cat([teacher, teacher], 1), index)
+    padded = objective(*sides, {"vocab_size": 11})
+    whole = objective(LogitRows(student, index), LogitRows(teacher, index), {})
+    for name, value in whole.items():
+        torch.testing.assert_close(padded[name], value)
+
+
+def test_no_rows_give_zero():
+    student, teacher, index = rows(labels=torch.full((2, 4), -100))
+    given = student.clone().requires_grad_()
+    objective = MGSRLoss(features=4, tokenizer=Letters())
+    parts = objective(LogitRows(given * 1, index), LogitRows(teacher, index), {})
+    parts["loss"].backward()
+    assert all(value == 0 for value in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(weights=(1, 1)), "weights must be three numbers >= 0"),
+        (dict(weights=(1, -1, 1)), "weights must be three numbers >= 0"),
+        (dict(window=(0.9, 0.1)), "0 <= lower < upper <= 1"),
+        (dict(window=(0.0, 0.5, 1.0)), "0 <= lower < upper <= 1"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        MGSRLoss(**options)
+
+
+def test_what_it_cannot_do_without():
+    student, teacher, index = rows()
+    sparse = ops.SparseTeacher.from_logits(teacher.float(), k=4)
+    with pytest.raises(ValueError, match="it needs a teacher's logits, got SparseTeacher"):
+        MGSRLoss()(LogitRows(student, index), sparse, {})
+    with pytest.raises(ValueError, match=r"pass tokenizer=, or weights=\(1, 1, 0\)"):
+        MGSRLoss(features=4)(LogitRows(student, index), LogitRows(teacher, index), {})
+
+
+def test_it_trains_a_language_model(tmp_path, llama, make_tokenizer):
+    """`stillhouse distill --method mgsr`: with spans, and a window in the optimiser."""
+    from stillhouse.recipes import distill
+    from stillhouse.train.arguments import parse
+    from stillhouse.train.checkpoints import STATE_FILE
+
+    for name, layers in (("teacher", 3), ("student", 1)):
+        llama(layers, seed=layers).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} words of a text " * 20)
+    flags = {
+        "teacher": tmp_path / "teacher",
+        "student": tmp_path / "student",
+        "data": tmp_path / "text",
+        "output_dir": tmp_path / "run",
+        "method": "mgsr",
+        "method_options": "features=64",
+        "max_length": 32,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 6,
+        "use_cpu": "true",
+        "eval_share": 0.2,
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    report = distill.distill(*parse(words))
+    series = report.curves["loss"]["series"]["mgsr"][1]
+    assert series[-1] < series[0]
+    state = torch.load(tmp_path / "run" / "checkpoint-6" / STATE_FILE)
+    network = DACKL(features=64)
+    assert not torch.equal(state["objective"]["dac"]["first"], network.first)
+    network.load_state_dict(state["objective"]["dac"])
+
+
+# The recipe ---------------------------------------------------------------------------------------
+
+
+def test_recipe_in_a_few_steps(tmp_path, monkeypatch):
+    for name in ("TEACHER_STEPS", "TUNING_STEPS", "STEPS"):
+        monkeypatch.setattr(recipe, name, 12)
+    monkeypatch.setattr(recipe, "PROMPTS", 8)
+    report = Report("mgsr", tmp_path)
+    recipe.run(report, range(2), budget=math.inf)
+    report.save()
+    assert report.seeds == [0, 1]
+    assert len(report.claims) == 3
+    assert len(report.tables["fidelity to the teacher, held out"]) == 7 + 3
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"window", "plane"}
