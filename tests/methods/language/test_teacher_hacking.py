@@ -141,6 +141,14 @@ def test_a_slower_slope_is_one_too():
         assert detect(trace(slower))["departure_step"] == departure
 
 
+def test_a_drift_upwards_is_one_too():
+    """With two thirds of the law's slope, which is not slow, but away from the law."""
+    drifting = law()
+    for i in range(15, 30):
+        drifting[i] *= (STEPS[i] / STEPS[15]) ** 0.16
+    assert detect(trace(drifting))["departure_step"] == STEPS[16]
+
+
 def test_steps_of_warm_up_do_not_count():
     proxy = [1.0] * 8 + law()[8:]
     assert detect(trace(proxy), warmup=STEPS[7])["law"].b == pytest.approx(0.5)

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stillhouse import ops
-from stillhouse.methods.language.clipped_kl import DACKL, clipped_kl
 from stillhouse.methods.language.phrases import Spans, phrase_spans, token_spans
 from stillhouse.methods.language.revision import revise
+from stillhouse.methods.language.teacher_window import DACKL, clipped_kl
 from stillhouse.train import LogitRows, reduce, row_means
 
 __all__ = ["DACKL", "MGSRLoss", "clipped_kl", "phrase_spans", "revise", "span_correlation"]
