@@ -130,6 +130,20 @@ def test_the_model_s_own_sampling_options_do_not_count(llama):
     assert model.generation_config is config
 
 
+def test_adapters(llama):
+    """Of a model with adapters, too, the config is back in every place it was in."""
+    peft = pytest.importorskip("peft")
+    model, options = llama(), dict(max_new_tokens=6, seed=0, eos_token_id=())
+    config = model.generation_config
+    config.repetition_penalty = 9.0
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    torch.nn.init.normal_(next(p for n, p in adapted.named_parameters() if "lora_B" in n))
+    found = said(rollout(adapted, PROMPTS, **options))
+    assert found == said(rollout(without_cache(adapted), PROMPTS, **options))
+    assert found != said(rollout(llama(), PROMPTS, **options))
+    assert adapted.generation_config is model.generation_config is config
+
+
 def test_a_response_ends_with_its_first_end_of_text(llama):
     model = llama()
     free = said(rollout(model, PROMPTS, max_new_tokens=10, seed=0, eos_token_id=()))

@@ -197,20 +197,25 @@ def _generated(
         token = draw(logits, ids.shape[1] - width)
         return torch.full_like(logits, float("-inf")).scatter(1, token[:, None], 0.0)
 
-    # A penalty or a forced token of the model's own config would be another distribution.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    # A penalty or a forced token of the model's own config would be another distribution. Adapters
+    # hand theirs to the model below.
+    holders = [model, getattr(model, "get_base_model", lambda: model)()]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
     try:
-        options = GenerationConfig(
+        neutral = GenerationConfig(
             max_new_tokens=count, do_sample=False, eos_token_id=ends or None, pad_token_id=0
         )
         out = model.generate(
             input_ids=torch.stack(padded),
             attention_mask=torch.stack(mask),
-            generation_config=options,
+            generation_config=neutral,
             logits_processor=[chosen],
         )
     finally:
-        model.generation_config = own
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
     return list(out[:, width:])
 
 
