@@ -399,6 +399,11 @@ def test_a_gap_in_the_targets_is_a_border():
     student, _, index = rows(labels=labels)
     spans = MGSRLoss(tokenizer=Letters()).spans(LogitRows(student, index))
     assert spans == [(0, 2), (2, 4), (4, 9)]
+    # Rows that are numbered on, but of other sequences: contexts that were drawn one by one.
+    apart = RowIndex(torch.arange(9), index.target, torch.arange(9))
+    spans = MGSRLoss(tokenizer=Letters()).spans(LogitRows(student, apart))
+    # "i" and "a" alone are stop words.
+    assert spans == [(i, i + 1) for i in (0, 1, 2, 3, 4, 6, 7)]
 
 
 def test_the_learned_window_has_parameters_and_a_state():
