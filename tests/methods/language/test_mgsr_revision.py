@@ -123,6 +123,11 @@ def test_what_is_new_is_decided_by_the_seed(pair, drawn):
     assert first == texts(revise(*pair, drawn, **OPTIONS))
     assert first != texts(revise(*pair, drawn, seed=5, eos_token_id=()))
     assert first != texts(revise(*pair, drawn, temperature=0, **OPTIONS))
+    # Rows have random numbers of their own, and whatever is beside them keep them.
+    same = Responses.of([PROMPTS[0]] * 2, [drawn.responses()[0]] * 2)
+    twins = texts(revise(*pair, same, **OPTIONS))
+    assert twins[0] != twins[1]
+    assert twins[0] == texts(revise(*pair, same.part(slice(0, 1)), **OPTIONS))[0] == first[0]
 
 
 def steps(*step):
@@ -228,6 +233,7 @@ def test_tokens_of_phrases():
     # A token that holds the end of one phrase and the beginning of another is the first one's.
     assert token_spans(["old kiln. New", " still"]) == [(0, 1), (1, 2)]
     assert token_spans(["a", "b", "", "c"], lambda text: [(0, 3)]) == [(0, 4)]
+    assert token_spans(["old", " kiln", ".", "new"]) == [(0, 2), (3, 4)]
     assert token_spans([]) == []
 
 
