@@ -214,6 +214,8 @@ def test_the_loss_trains_the_window_and_not_by_its_input(logits):
     student, teacher = (x.detach().float() for x in logits)
     student.requires_grad_()
     dac = DACKL(features=4, hidden=6)
+    with torch.no_grad():
+        dac.second.normal_(generator=torch.Generator().manual_seed(0))
     loss = dac(student, teacher).sum()
     loss.backward()
     assert dac.second.grad.abs().sum() > 0
@@ -224,7 +226,7 @@ def test_the_loss_trains_the_window_and_not_by_its_input(logits):
     before = loss.item()
     with torch.no_grad():
         for each in dac.parameters():
-            each -= 0.1 * each.grad
+            each -= 0.01 * each.grad
     assert dac(student, teacher).sum().item() < before
 
 

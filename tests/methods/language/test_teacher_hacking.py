@@ -1,5 +1,6 @@
 """Teacher hacking: distances of chains in closed form, the detector, the study."""
 
+import functools
 import itertools
 import math
 
@@ -386,6 +387,8 @@ def test_recipe_in_a_few_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "TUNING", 200)
     monkeypatch.setattr(recipe, "VALIDATION", 10)
     monkeypatch.setattr(recipe, "FITTED", (1, 40))
+    # So few steps are too few for the window.
+    monkeypatch.setattr(recipe, "detect", functools.partial(detect, share=0.5))
     report = Report("teacher-hacking", tmp_path)
     recipe.run(report, range(2), budget=math.inf)
     report.save()

@@ -97,7 +97,7 @@ def _run(study: HackingStudy, options: dict) -> Trace:
 
 
 def _row(name: str, seed: int, trace: Trace, study: HackingStudy) -> dict[str, object]:
-    found, law = detect(trace, share=0.5), power_law_fit(trace.steps, trace.proxy, window=FITTED)
+    found, law = detect(trace), power_law_fit(trace.steps, trace.proxy, window=FITTED)
     return {
         "run": name,
         "seed": seed,
