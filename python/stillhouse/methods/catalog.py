@@ -59,6 +59,25 @@ METHODS = {
             names=("sinkhorn_kd", "sample_sinkhorn_kd", "embedded_sinkhorn_kd", "SinKDLoss"),
             objective="SinKDLoss",
         ),
+        Method(
+            id="mgsr",
+            title="Multi-granularity semantic revision",
+            arxiv="2407.10068",
+            domain="language",
+            kind="logit loss, with corrected responses",
+            kernels=("divergence",),
+            names=("clipped_kl", "DACKL", "span_correlation", "revise", "phrase_spans", "MGSRLoss"),
+            objective="MGSRLoss",
+        ),
+        Method(
+            id="teacher-hacking",
+            title="Teacher hacking: a study and a detector",
+            arxiv="2502.02671",
+            domain="language",
+            kind="analysis of a training run",
+            kernels=("divergence",),
+            names=("HackingStudy", "Trace", "detect", "sequence_kl"),
+        ),
     )
 }
 

@@ -151,6 +151,8 @@ class Job:
         from stillhouse.train.trainer import DistillTrainer
 
         set_seed(training.seed)  # adapters begin at random
+        if hasattr(objective, "use_tokenizer"):
+            objective.use_tokenizer(self.tokenizer)
         padding = self.tokenizer.pad_token_id
         teacher, examples = self.teacher, self.train_set
         if self.shards is not None and getattr(objective, "needs_teacher", True):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from stillhouse.train.logprobs import sequence_logprobs
+from stillhouse.train.metrics import PowerLaw, fidelity, power_law_fit
 from stillhouse.train.objective import (
     DivergenceObjective,
     LogitRows,
@@ -10,7 +12,10 @@ from stillhouse.train.objective import (
     row_loss,
     row_means,
 )
+from stillhouse.train.preference import preference_loss
 from stillhouse.train.reduce import reduce
+from stillhouse.train.response_source import Replay, ResponseSource
+from stillhouse.train.responses import Responses, rollout
 from stillhouse.train.rows import RowIndex, paired, supervised_rows
 
 __all__ = [
@@ -18,12 +23,21 @@ __all__ = [
     "DivergenceObjective",
     "LogitRows",
     "Objective",
+    "PowerLaw",
+    "Replay",
+    "ResponseSource",
+    "Responses",
     "RowIndex",
+    "fidelity",
     "paired",
+    "power_law_fit",
+    "preference_loss",
     "reduce",
+    "rollout",
     "row_divergence",
     "row_loss",
     "row_means",
+    "sequence_logprobs",
     "supervised_rows",
 ]
 

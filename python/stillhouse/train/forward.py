@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -213,3 +215,61 @@ class FrozenTeacher:
     def __call__(self, batch: Mapping[str, Any], index: RowIndex, **options: Any) -> LogitRows:
         """The teacher's rows `index` for this batch."""
         return self._forward(self.model, batch, index, **options)
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode within, and afterwards the mode that each submodule was in; what is no module
+    is left alone."""
+    modules = [each for each in models if isinstance(each, nn.Module)]
+    training = [each for module in modules for each in module.modules() if each.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+@contextmanager
+def frozen(*models: Any) -> Iterator[None]:
+    """`evaluating`, and within no parameter of the models requires a gradient."""
+    modules = [each for each in models if isinstance(each, nn.Module)]
+    learning = [each for model in modules for each in model.parameters() if each.requires_grad]
+    with evaluating(*models):
+        for each in learning:
+            each.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for each in learning:
+                each.requires_grad_(True)
+
+
+def row_forward(model: Any) -> Callable[[Mapping[str, Any], RowIndex], LogitRows]:
+    """`rows(batch, index)` of a model: those of `RowForward`, or of any other callable that maps
+    ids [B, T] to logits [B, T, V], where a token's logits depend on nothing to its right.
+
+    The batch must be padded on the right. The function raises ValueError for logits of another
+    shape.
+    """
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return functools.partial(RowForward(model), model)
+
+    def rows(batch: Mapping[str, Any], index: RowIndex) -> LogitRows:
+        return LogitRows(plain_logits(model, batch["input_ids"]).flatten(0, 1)[index.row], index)
+
+    return rows
+
+
+def plain_logits(model: Callable[[Tensor], Any], ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of a callable, or of its output's `logits`, for ids [B, T]."""
+    output = model(ids)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        found = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+        raise ValueError(
+            f"a model must give logits [B, T, V] of ids [B, T] = {tuple(ids.shape)}, got {found}"
+        )
+    return logits

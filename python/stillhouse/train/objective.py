@@ -7,10 +7,11 @@ language-model batch plus `denominator`, the global number of supervised tokens,
 the columns that count (None = all). It is called inside the student's forward, where the output
 head's weights are whole even if they are sharded. Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
-micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`. An objective that needs no
-teacher says so with `needs_teacher = False`, one that takes sparse teachers says with which tails:
-`sparse_tails`; and one that may have drawn columns, because it is linear in the teacher:
-`takes_draws`.
+micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`;
+`use_tokenizer(tokenizer)`, which `stillhouse distill` calls before it trains. An objective that
+needs no teacher says so with `needs_teacher = False`, one that takes sparse teachers says with
+which tails: `sparse_tails`; and one that may have drawn columns, because it is linear in the
+teacher: `takes_draws`.
 """
 
 from __future__ import annotations

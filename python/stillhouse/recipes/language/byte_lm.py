@@ -2,8 +2,9 @@
 standard library, the test bed of the language recipes."""
 
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,19 +72,34 @@ class ByteLM(nn.Module):
         return torch.addmm(self.head_bias, activation, self.head)
 
 
+class CausalByteLM(nn.Module):
+    """A `ByteLM` on whole sequences: ids [B, T] to logits [B, T, 48]. What comes before a sequence
+    is the commonest symbol."""
+
+    def __init__(self, model: ByteLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        contexts = nn.functional.pad(ids, (CONTEXT - 1, 0)).unfold(1, CONTEXT, 1)
+        return self.model(contexts.flatten(0, 1)).view(*ids.shape, VOCABULARY)
+
+
 def train(
     model: ByteLM,
-    text: ByteText,
+    text: Any,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     steps: int,
     learning_rate: float,
     decay: bool = True,
     seed: int,
+    extra: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Adam on `loss(logits, contexts, targets)`; the rate falls linearly to 1e-4 with `decay`."""
+    """Adam on `loss(logits, contexts, targets)` of `text.batch(generator)`, a `ByteText` or the
+    like; the rate falls linearly to 1e-4 with `decay`. extra: parameters of the loss itself."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([*model.parameters(), *extra], lr=learning_rate, betas=(0.9, 0.99))
     for step in range(steps):
         if decay:
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) + 1e-4
