@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stillhouse.train.calibration import ece, reliability
 from stillhouse.train.objective import (
     DivergenceObjective,
     LogitRows,
@@ -19,8 +20,10 @@ __all__ = [
     "LogitRows",
     "Objective",
     "RowIndex",
+    "ece",
     "paired",
     "reduce",
+    "reliability",
     "row_divergence",
     "row_loss",
     "row_means",
