@@ -59,6 +59,16 @@ METHODS = {
             names=("sinkhorn_kd", "sample_sinkhorn_kd", "embedded_sinkhorn_kd", "SinKDLoss"),
             objective="SinKDLoss",
         ),
+        Method(
+            id="first",
+            title="Efficient trustworthy distillation",
+            arxiv="2408.12168",
+            domain="language",
+            kind="logit loss on a calibrated top k",
+            kernels=("divergence",),
+            names=("recalibrate", "fit_temperature", "FIRSTLoss"),
+            objective="FIRSTLoss",
+        ),
     )
 }
 
