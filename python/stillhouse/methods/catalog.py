@@ -69,6 +69,26 @@ METHODS = {
             names=("recalibrate", "fit_temperature", "FIRSTLoss"),
             objective="FIRSTLoss",
         ),
+        Method(
+            id="multi-teacher-bert",
+            title="Distilling from several teachers",
+            arxiv="2112.12650",
+            domain="language",
+            kind="logit and feature loss, masking and metrics",
+            kernels=("divergence",),
+            names=(
+                "ensemble_kl",
+                "multi_teacher_loss",
+                "EnsembleLoss",
+                "TeacherEnsemble",
+                "common_tokens",
+                "rare_word_masking",
+                "retokenize_embeddings",
+                "label_loyalty",
+                "probability_loyalty",
+                "regression_loyalty",
+            ),
+        ),
     )
 }
 
