@@ -1,5 +1,20 @@
 """Methods for language models."""
 
+from stillhouse.methods.language.codegen2 import (
+    CausalLM,
+    FillInMiddle,
+    Mixture,
+    PrefixLM,
+    Sentinels,
+    SpanCorruption,
+    document_mask,
+    infill,
+    infill_prompt,
+    pass_at_k,
+    prefix_lm_mask,
+    restore,
+    truncate_completion,
+)
 from stillhouse.methods.language.first import FIRSTLoss, fit_temperature, recalibrate
 from stillhouse.methods.language.multi_teacher_bert import (
     EnsembleLoss,
@@ -22,23 +37,36 @@ from stillhouse.methods.language.sinkd import (
 from stillhouse.methods.language.taid import TAIDLoss, taid_loss
 
 __all__ = [
+    "CausalLM",
     "EnsembleLoss",
     "FIRSTLoss",
+    "FillInMiddle",
+    "Mixture",
+    "PrefixLM",
+    "Sentinels",
     "SinKDLoss",
+    "SpanCorruption",
     "TAIDLoss",
     "TeacherEnsemble",
     "common_tokens",
+    "document_mask",
     "embedded_sinkhorn_kd",
     "ensemble_kl",
     "fit_temperature",
+    "infill",
+    "infill_prompt",
     "label_loyalty",
     "multi_teacher_loss",
+    "pass_at_k",
+    "prefix_lm_mask",
     "probability_loyalty",
     "rare_word_masking",
     "recalibrate",
     "regression_loyalty",
+    "restore",
     "retokenize_embeddings",
     "sample_sinkhorn_kd",
     "sinkhorn_kd",
     "taid_loss",
+    "truncate_completion",
 ]
