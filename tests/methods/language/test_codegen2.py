@@ -3,6 +3,7 @@
 import doctest
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,8 +22,9 @@ from stillhouse.methods.language import (
     prefix_lm_mask,
     truncate_completion,
 )
+from stillhouse.recipes.language import codegen2 as recipe
 from stillhouse.train import LogitRows, row_divergence, supervised_rows
-from stillhouse.train.examples import collate
+from stillhouse.train.examples import Example, collate
 
 WORDS = Sentinels(masks=(60, 61, 62), separator=63, end_of_span=64, end_of_text=65)
 
@@ -277,3 +279,30 @@ def test_examples_run():
     outcome = doctest.testmod(codegen2)
     assert outcome.failed == 0
     assert outcome.attempted >= 15
+
+
+# The recipe's model -------------------------------------------------------------------------------
+
+
+def test_the_recipes_model_sees_both_sides_and_nothing_that_is_to_come():
+    """Of a document 1 .. 32: what is before a symbol, what is behind its hole; and no context
+    changes with the tokens that come after it."""
+    document, drawn = np.arange(1, 33, dtype=np.int32), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        example = recipe._corruption()(document, generator=drawn)
+        contexts, targets = recipe._rows([example])
+        first = int(targets[0])
+        before = [recipe.NOTHING] * 6 + list(range(1, first))
+        behind = [*range(first + 3, 33), recipe.WORDS.end_of_text] + [recipe.NOTHING] * 6
+        for count, row in enumerate(contexts.tolist()):
+            left = [*before, *range(first, first + count)][-6:]
+            assert row == [*left, *behind[:6], count]
+        start = int(example.prefix_length) + 1
+        for count in range(len(targets)):
+            ids = example.input_ids.copy()
+            ids[start + count :] = 40
+            other = recipe._rows([Example(ids, example.loss_mask)])[0]
+            assert torch.equal(other[: count + 1], contexts[: count + 1])
+    contexts, targets = recipe._rows([CausalLM()(document)])
+    assert contexts[9].tolist() == [5, 6, 7, 8, 9, 10] + [recipe.NOTHING] * 7
+    assert targets.tolist() == list(range(2, 33))
