@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
 
-from stillhouse.train.examples import chat_example, collate, encode, pack
+from stillhouse.train import supervised_rows
+from stillhouse.train.examples import Example, chat_example, collate, encode, pack
+from stillhouse.train.forward import RowForward
 
 TURNS = [
     {"role": "system", "content": "brief"},
@@ -21,6 +24,41 @@ def test_pack_by_hand():
     assert [window.input_ids.tolist() for window in windows] == [[1, 2, 3, 0], [4, 5, 6, 7], [0]]
     assert [window.record for window in windows] == [3, 5, 5]
     assert all(window.loss_mask.all() for window in windows)
+
+
+def test_pack_says_which_document_a_token_is_of():
+    documents = [(3, [1, 2, 3]), (5, [4, 5, 6, 7]), (8, [8])]
+    windows = pack(documents, 5, separator=0, keep_documents=True)
+    found = [window.document_ids.tolist() for window in windows]
+    assert found == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [0]]
+    assert [window.record for window in windows] == [3, 5, 8]
+    assert pack(documents, 5)[0].document_ids is None
+
+
+def test_prefixes_and_documents_reach_the_batch():
+    ids, mask = np.arange(3, dtype=np.int32), np.ones(3, dtype=bool)
+    documents = np.asarray([0, 1, 1], dtype=np.int32)
+    batch = collate(
+        [
+            Example(ids, mask, prefix_length=2),
+            Example(ids[:2], mask[:2], document_ids=documents[:2]),
+            Example(ids, mask),
+        ]
+    )
+    assert batch["prefix_length"].tolist() == [2, 0, 0]
+    assert batch["document_ids"].tolist() == [[0, 0, 0], [0, 1, -1], [0, 0, 0]]
+    assert not {"prefix_length", "document_ids"} & collate([Example(ids, mask)]).keys()
+
+
+def test_a_model_is_not_given_them(llama):
+    """Only the attention mask that somebody has made of them."""
+    ids = np.arange(5, dtype=np.int32)
+    example = Example(ids, np.ones(5, dtype=bool), prefix_length=3, document_ids=ids * 0)
+    batch = collate([example])
+    index = supervised_rows(batch["labels"])
+    model = llama(1)
+    rows = RowForward(model)(model, batch, index)
+    torch.testing.assert_close(rows.logits, model(batch["input_ids"]).logits[0, :-1])
 
 
 def test_only_the_assistant_is_supervised(tokenizer):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stillhouse.train.calibration import ece, reliability
 from stillhouse.train.logprobs import sequence_logprobs
 from stillhouse.train.metrics import PowerLaw, fidelity, power_law_fit
 from stillhouse.train.objective import (
@@ -28,11 +29,13 @@ __all__ = [
     "ResponseSource",
     "Responses",
     "RowIndex",
+    "ece",
     "fidelity",
     "paired",
     "power_law_fit",
     "preference_loss",
     "reduce",
+    "reliability",
     "rollout",
     "row_divergence",
     "row_loss",

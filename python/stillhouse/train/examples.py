@@ -19,12 +19,15 @@ from stillhouse.train.rows import IGNORED
 class Example:
     """One sequence: `input_ids` int32 [n], `loss_mask` bool [n] (True = a target, except for the
     first token, which nothing predicts), `record` the number of the record it begins in; `teacher`
-    a stored one at the supervised rows (`teachers.StoredRows`)."""
+    a stored one at the supervised rows (`teachers.StoredRows`). `prefix_length`: so many tokens are
+    given, and may see each other; `document_ids` int32 [n]: which document each token is of."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     record: int = -1
     teacher: Any = None
+    prefix_length: int | None = None
+    document_ids: np.ndarray | None = None
 
 
 class ExampleSet(Dataset):
@@ -92,10 +95,15 @@ PLAIN = {"add_special_tokens": False, "verbose": False}
 
 
 def pack(
-    documents: Iterable[tuple[int, Sequence[int]]], length: int, *, separator: int | None = None
+    documents: Iterable[tuple[int, Sequence[int]]],
+    length: int,
+    *,
+    separator: int | None = None,
+    keep_documents: bool = False,
 ) -> list[Example]:
     """Windows of `length` tokens over the documents (record number, token ids) end to end, the
-    last one shorter; `separator` is put after each document. Every token is a target."""
+    last one shorter; `separator` is put after each document. Every token is a target. With
+    `keep_documents` the examples say which document each token is of, counted from 0 in each."""
     ids: list[int] = []
     starts: list[tuple[int, int]] = []  # (position in the stream, record number)
     for number, tokens in documents:
@@ -108,8 +116,10 @@ def pack(
     examples = []
     for begin in range(0, len(stream), length):
         window = stream[begin : begin + length]
-        record = starts[int(np.searchsorted(positions, begin, side="right")) - 1][1]
-        examples.append(Example(window, np.ones(len(window), dtype=bool), record))
+        of = np.searchsorted(positions, np.arange(begin, begin + len(window)), side="right") - 1
+        documents = (of - of[0]).astype(np.int32) if keep_documents else None
+        mask = np.ones(len(window), dtype=bool)
+        examples.append(Example(window, mask, starts[of[0]][1], document_ids=documents))
     return examples
 
 
@@ -175,7 +185,9 @@ STORED = ("teacher_ids", "teacher_log_probs", "teacher_log_rest")
 def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tensor]:
     """A batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] (-100 = not a target), and
     `record` int64 [B]. Padded on the right with the token `padding`. Of N rows of stored teachers
-    `teacher_ids`, `teacher_log_probs` [N, k] and `teacher_log_rest` [N], in reading order."""
+    `teacher_ids`, `teacher_log_probs` [N, k] and `teacher_log_rest` [N], in reading order. Where an
+    example has them, `prefix_length` int64 [B] (0 = none) and `document_ids` int64 [B, T] (-1 =
+    padding): attention masks are the caller's to make of them."""
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), padding, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
@@ -194,6 +206,14 @@ def collate(examples: Sequence[Example], *, padding: int = 0) -> dict[str, Tenso
         "labels": labels,
         "record": torch.tensor([example.record for example in examples]),
     }
+    if any(example.prefix_length is not None for example in examples):
+        batch["prefix_length"] = torch.tensor([each.prefix_length or 0 for each in examples])
+    if any(example.document_ids is not None for example in examples):
+        documents = torch.full_like(input_ids, -1)
+        for row, example in enumerate(examples):
+            known, n = example.document_ids, len(example.input_ids)
+            documents[row, :n] = 0 if known is None else torch.from_numpy(known.astype(np.int64))
+        batch["document_ids"] = documents
     if examples[0].teacher is not None:
         parts = zip(*(example.teacher for example in examples), strict=True)
         batch |= zip(STORED, map(torch.cat, parts), strict=True)

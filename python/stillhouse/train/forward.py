@@ -17,7 +17,8 @@ from stillhouse.train.objective import LogitRows
 from stillhouse.train.rows import RowIndex
 
 # What a batch holds for us and not for the model.
-OURS = ("labels", "record", "denominator", "vocab_size", *STORED)
+LAYOUT = ("prefix_length", "document_ids")  # what attention masks are made of, not the mask
+OURS = ("labels", "record", "denominator", "vocab_size", *LAYOUT, *STORED)
 
 
 class RowForward:
