@@ -1,7 +1,9 @@
-"""Rows, reductions, objectives and the trainer of language-model distillation."""
+"""Rows, reductions, objectives, stages and the trainer of language-model distillation."""
 
 from typing import Any
 
+from stillhouse.train.hooks import capture
+from stillhouse.train.layers import layer_map
 from stillhouse.train.objective import (
     DivergenceObjective,
     LogitRows,
@@ -12,6 +14,8 @@ from stillhouse.train.objective import (
 )
 from stillhouse.train.reduce import reduce
 from stillhouse.train.rows import RowIndex, paired, supervised_rows
+from stillhouse.train.schedules import Schedule, ramp
+from stillhouse.train.stages import Stage, run_stages
 
 __all__ = [
     "DistillTrainer",
@@ -19,11 +23,17 @@ __all__ = [
     "LogitRows",
     "Objective",
     "RowIndex",
+    "Schedule",
+    "Stage",
+    "capture",
+    "layer_map",
     "paired",
+    "ramp",
     "reduce",
     "row_divergence",
     "row_loss",
     "row_means",
+    "run_stages",
     "supervised_rows",
 ]
 
