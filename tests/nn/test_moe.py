@@ -192,6 +192,14 @@ def test_first_choices_come_before_second_ones(steered):
     assert (moe.info.weight > 0).tolist() == [[True, False], [True, False]]
 
 
+def test_an_expert_computes_no_more_than_its_capacity(steered):
+    moe = steered(4, Switch(), capacity=2.0)
+    seen = []
+    moe.experts[0].register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    moe(torch.tensor([[5.0, 0, 0, 0]] * 4, dtype=DOUBLE))
+    assert seen == [2]
+
+
 def test_capacity_that_is_never_reached_changes_nothing(gated):
     moe = MoE([gated() for _ in range(3)], TopK(2)).double()
     x = points(9, 6)

@@ -305,7 +305,7 @@ def test_soft_by_hand(gated):
     moe.router.gain.data.fill_(4.0)
     x = points(2, 5, 6)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    y = moe(x, mask=mask)
+    y = moe(x.masked_fill(~mask[..., None], float("nan")), mask=mask)
     for g, n in ((0, 5), (1, 3)):
         rows = x[g, :n]
         phi = moe.router.weight / moe.router.weight.norm(dim=-1, keepdim=True)

@@ -59,6 +59,23 @@ METHODS = {
             names=("sinkhorn_kd", "sample_sinkhorn_kd", "embedded_sinkhorn_kd", "SinKDLoss"),
             objective="SinKDLoss",
         ),
+        Method(
+            id="capacity-gap",
+            title="Law of capacity gap",
+            arxiv="2311.07052",
+            domain="language",
+            kind="pruned students, logit loss, scaling law",
+            kernels=("divergence",),
+            names=(
+                "mask_importance",
+                "component_sparsity",
+                "CapacityGapLoss",
+                "capacity_gap_sweep",
+                "optimal_teacher",
+                "fit_capacity_gap_law",
+            ),
+            objective="CapacityGapLoss",
+        ),
     )
 }
 

@@ -187,6 +187,7 @@ class MoE(nn.Module):
         there = torch.ones_like(grouped[..., 0], dtype=torch.bool)
         if mask is not None:
             there = mask.reshape(there.shape)
+            grouped = grouped.masked_fill(~there[..., None], 0)  # 0 times NaN would be NaN
         logits, dispatch, combine = self.router(grouped, there)
         slots = (dispatch.mT.to(x.dtype) @ grouped).unflatten(1, (len(self.experts), -1))
         out = [expert(slots[:, i]) for i, expert in enumerate(self.experts)]

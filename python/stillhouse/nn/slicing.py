@@ -4,8 +4,8 @@ or the same model in another order."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -121,8 +121,7 @@ def slice_channels(model: nn.Module, keep: Keep) -> nn.Module:
         "ffn": config.intermediate_size,
     }
     rows = {
-        field.name: _rows(field.name, getattr(keep, field.name), len(stack), counts[field.name])
-        for field in fields(keep)
+        kind: _rows(kind, getattr(keep, kind), len(stack), count) for kind, count in counts.items()
     }
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     groups = [_groups(each, config.num_attention_heads // kv_heads) for each in rows["heads"]]
@@ -271,11 +270,3 @@ def _groups(heads: Tensor, size: int) -> Tensor:
 def _units(heads: Tensor, size: int) -> Tensor:
     """The channels of these heads."""
     return (heads[:, None] * size + torch.arange(size)).flatten()
-
-
-def modules_of_role(model: nn.Module, role: Role) -> Iterator[tuple[str, nn.Linear]]:
-    """Path and module of the linear layers of the blocks with this role, in the blocks' order."""
-    path, _ = blocks(model)
-    for name, module in model.named_modules():
-        if name.startswith(path + ".") and type(module) is nn.Linear and role_of(name) == role:
-            yield name, module
