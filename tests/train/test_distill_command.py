@@ -167,7 +167,11 @@ def test_nothing_is_overwritten_unasked(world, capsys):
             ValueError,
             "loss is .* in step .*records .* checkpoint",
         ),
-        (dict(method="telepathy"), UsageError, "no method 'telepathy' .* taid, sinkd, capacity-gap, forward_kl"),
+        (
+            dict(method="telepathy"),
+            UsageError,
+            "no method 'telepathy' .* taid, sinkd, capacity-gap, forward_kl",
+        ),
         (dict(method_options="gamma=1"), UsageError, "--method taid does not take these options"),
         (dict(method_options="alpha=[1"), UsageError, "alpha=.1 cannot be read"),
         (dict(label_smoothing_factor=0.1), ValueError, "belongs to the Trainer's own loss"),
