@@ -131,6 +131,23 @@ METHODS = {
                 "regression_loyalty",
             ),
         ),
+        Method(
+            id="capacity-gap",
+            title="Law of capacity gap",
+            arxiv="2311.07052",
+            domain="language",
+            kind="pruned students, logit loss, scaling law",
+            kernels=("divergence",),
+            names=(
+                "mask_importance",
+                "component_sparsity",
+                "CapacityGapLoss",
+                "capacity_gap_sweep",
+                "optimal_teacher",
+                "fit_capacity_gap_law",
+            ),
+            objective="CapacityGapLoss",
+        ),
     )
 }
 

@@ -1,8 +1,10 @@
-"""Rows, reductions, objectives and the trainer of language-model distillation."""
+"""Rows, reductions, objectives, stages and the trainer of language-model distillation."""
 
 from typing import Any
 
 from stillhouse.train.calibration import ece, reliability
+from stillhouse.train.hooks import capture
+from stillhouse.train.layers import layer_map
 from stillhouse.train.logprobs import sequence_logprobs
 from stillhouse.train.metrics import PowerLaw, fidelity, power_law_fit
 from stillhouse.train.objective import (
@@ -18,6 +20,8 @@ from stillhouse.train.reduce import reduce
 from stillhouse.train.response_source import Replay, ResponseSource
 from stillhouse.train.responses import Responses, rollout
 from stillhouse.train.rows import RowIndex, paired, supervised_rows
+from stillhouse.train.schedules import Schedule, ramp
+from stillhouse.train.stages import Stage, run_stages
 
 __all__ = [
     "DistillTrainer",
@@ -29,17 +33,23 @@ __all__ = [
     "ResponseSource",
     "Responses",
     "RowIndex",
+    "Schedule",
+    "Stage",
+    "capture",
     "ece",
     "fidelity",
+    "layer_map",
     "paired",
     "power_law_fit",
     "preference_loss",
+    "ramp",
     "reduce",
     "reliability",
     "rollout",
     "row_divergence",
     "row_loss",
     "row_means",
+    "run_stages",
     "sequence_logprobs",
     "supervised_rows",
 ]

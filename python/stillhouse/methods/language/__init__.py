@@ -1,5 +1,13 @@
 """Methods for language models."""
 
+from stillhouse.methods.language.capacity_gap import (
+    CapacityGapLoss,
+    capacity_gap_sweep,
+    component_sparsity,
+    fit_capacity_gap_law,
+    mask_importance,
+    optimal_teacher,
+)
 from stillhouse.methods.language.codegen2 import (
     CausalLM,
     FillInMiddle,
@@ -47,6 +55,7 @@ from stillhouse.methods.language.teacher_hacking import HackingStudy, Trace, det
 
 __all__ = [
     "DACKL",
+    "CapacityGapLoss",
     "CausalLM",
     "EnsembleLoss",
     "FIRSTLoss",
@@ -61,17 +70,22 @@ __all__ = [
     "TAIDLoss",
     "TeacherEnsemble",
     "Trace",
+    "capacity_gap_sweep",
     "clipped_kl",
     "common_tokens",
+    "component_sparsity",
     "detect",
     "document_mask",
     "embedded_sinkhorn_kd",
     "ensemble_kl",
+    "fit_capacity_gap_law",
     "fit_temperature",
     "infill",
     "infill_prompt",
     "label_loyalty",
+    "mask_importance",
     "multi_teacher_loss",
+    "optimal_teacher",
     "pass_at_k",
     "phrase_spans",
     "prefix_lm_mask",

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from stillhouse import ops
-from stillhouse.train import DivergenceObjective, LogitRows
+from stillhouse.train import DivergenceObjective, LogitRows, ramp
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -298,9 +298,7 @@ class SinKDLoss(DivergenceObjective):
     def update(self, stats: Mapping[str, float], step: int, total_steps: int) -> None:
         """Move the temperature after optimiser step `step` of `total_steps`, if it is annealed."""
         if self.anneal:
-            share = min(1.0, step / max(1, total_steps))
-            first = self.first_temperature
-            self.temperature.fill_(first + (1 - first) * share)
+            self.temperature.fill_(ramp(step, total_steps, self.first_temperature, 1.0))
 
     def state_dict(self) -> dict[str, float]:
         """Where an annealed temperature is."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from stillhouse import ops
-from stillhouse.train import DivergenceObjective, LogitRows, reduce, row_means
+from stillhouse.train import DivergenceObjective, LogitRows, ramp, reduce, row_means
 
 # What is reported for humans would cost two more passes over [N, V] each step: it is read off at
 # most this many evenly spaced rows, and the log averages over steps.
@@ -131,6 +131,11 @@ class TAIDLoss(DivergenceObjective):
         """The weight of the teacher in the target of the next step."""
         return self.kind.t.item()
 
+    @property
+    def value(self) -> float:
+        """t, by the name that `train.Schedule` has for it."""
+        return self.t
+
     def __call__(
         self, student: LogitRows, teacher: LogitRows, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
@@ -181,7 +186,7 @@ class TAIDLoss(DivergenceObjective):
             # sigmoid as tanh: exp overflows when the loss jumps up from almost nothing.
             sigmoid = (1 + math.tanh(self.momentum / 2)) / 2
             self.delta_t = alpha * sigmoid * (1 - self.t)
-            t = self.t_start + (self.t_end - self.t_start) * step / total_steps
+            t = ramp(step, total_steps, self.t_start, self.t_end)
             if self.adaptive:
                 t = max(t, self.t + self.delta_t)
             self.kind.t.fill_(min(self.t_end, t))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stillhouse.nn.surgery import blocks, take_layers
+from stillhouse.nn.surgery import blocks, replace_modules_, take_layers, train_only
 
 
 def test_blocks(llama):
@@ -114,3 +114,67 @@ def test_a_pattern_of_layers_that_the_cut_would_break(sizes):
     assert len(take_layers(model, [0, 1, 3]).model.layers) == 3
     with pytest.raises(ValueError, match="does not describe these layers"):
         take_layers(model, [0, 3])
+
+
+def test_replacing_modules(llama):
+    model = llama(3)
+    report = replace_modules_(model, "model.layers.*.mlp", lambda path, module: nn.Identity())
+    assert [row.path for row in report] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert {row[1:] for row in report} == {("LlamaMLP", "Identity", 3 * 32 * 48, 0)}
+    assert all(isinstance(layer.mlp, nn.Identity) for layer in model.model.layers)
+    assert not model.model.layers[0].mlp.training
+    assert model(torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_replacing_by_class_and_by_function():
+    def model():
+        return nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), nn.ReLU())
+
+    changed = model()
+    # The outer one is replaced, the one within goes with it.
+    report = replace_modules_(changed, _any_but_the_root, _mark)
+    assert [row.path for row in report] == ["0", "1"]
+    changed = model()
+    assert [row.path for row in replace_modules_(changed, nn.ReLU, _mark)] == ["0.0", "1"]
+    assert [row.path for row in replace_modules_(model(), ["0.1", "1"], _mark)] == ["0.1", "1"]
+
+
+def _any_but_the_root(path, module):
+    return path != "" and isinstance(module, (nn.Sequential, nn.ReLU))
+
+
+def _mark(path, module):
+    return nn.Identity()
+
+
+def test_a_shared_module_is_replaced_once():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    report = replace_modules_(model, nn.Linear, lambda path, module: nn.Linear(2, 2))
+    assert [row.path for row in report] == ["a", "b"]
+    assert model["a"] is model["b"]
+    assert model["a"] is not shared
+
+
+def test_nothing_to_replace():
+    with pytest.raises(ValueError, match="no module of Linear matches 'mlp'"):
+        replace_modules_(nn.Linear(1, 1), "mlp", _mark)
+    with pytest.raises(ValueError, match="no module of Linear matches ReLU"):
+        replace_modules_(nn.Linear(1, 1), nn.ReLU, _mark)
+    with pytest.raises(ValueError, match="the model itself matches"):
+        replace_modules_(nn.Linear(1, 1), nn.Linear, _mark)
+
+
+def test_train_only(llama):
+    model = llama(2, tie_word_embeddings=True)
+    count = train_only(model, ["*.mlp.*", "model.norm.weight"])
+    learning = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert count == 2 * 3 * 32 * 48 + 32
+    assert len(learning) == 7
+    assert all(".mlp." in name or name == "model.norm.weight" for name in learning)
+    # Another name of the tied weight, and its numbers counted once.
+    assert train_only(model, "lm_head.weight") == 259 * 32
+    assert model.model.embed_tokens.weight.requires_grad
+    assert train_only(model, "*") == sum(each.numel() for each in model.parameters())
+    with pytest.raises(ValueError, match="no parameter of LlamaForCausalLM matches 'router'"):
+        train_only(model, ["*", "router"])

@@ -1,0 +1,159 @@
+"""The best teacher of a student size, and the line through the best teachers of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+
+
+class Optimum(NamedTuple):
+    """Where a curve over teacher sizes is lowest. ci: 95 % over seeds, or the neighbours of the
+    lowest point where there is one curve. censored: "low" or "high" where it is at an end."""
+
+    teacher: float
+    ci: tuple[float, float]
+    censored: str | None
+
+
+def optimal_teacher(
+    sizes: Sequence[float], metric: Sequence[float] | Tensor, *, seed: int = 0
+) -> Optimum:
+    """The teacher size of the smallest metric: the lowest point, moved to the vertex of the
+    parabola in log size through it and its neighbours.
+
+    sizes: [k], ascending. metric: [k], or [seeds, k], of which the mean counts; then `ci` is from
+    1,000 resamples of the seeds. Raises ValueError for fewer than 3 sizes, sizes that do not
+    ascend from above 0, another shape and a metric that is not finite.
+
+    Defaults: ours; the paper takes the lowest point.
+
+    Example:
+        >>> from stillhouse.methods.language import optimal_teacher
+        >>> optimum = optimal_teacher([10, 20, 40], [1.0, 0.5, 1.0])
+        >>> round(optimum.teacher, 6), optimum.ci, optimum.censored
+        (20.0, (10.0, 40.0), None)
+    """
+    x = torch.as_tensor(sizes, dtype=torch.float64)
+    y = torch.as_tensor(metric, dtype=torch.float64)
+    if len(x) < 3 or not bool((x[0] > 0) & (x.diff() > 0).all()):
+        raise ValueError(f"expected at least 3 ascending sizes above 0, got {x.tolist()}")
+    if y.dim() not in (1, 2) or y.shape[-1] != len(x) or y.numel() == 0:
+        raise ValueError(f"expected a metric [{len(x)}] or [seeds, {len(x)}], got {tuple(y.shape)}")
+    if not bool(y.isfinite().all()):
+        raise ValueError("the metric has values that are not finite")
+    curves = y.view(-1, len(x))
+    teacher, lowest = _vertex(x, curves.mean(0))
+    last = len(x) - 1
+    if len(curves) == 1:
+        ci = x[max(lowest - 1, 0)].item(), x[min(lowest + 1, last)].item()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(len(curves), (RESAMPLES, len(curves)), generator=generator)
+        each = torch.tensor([_vertex(x, curves[draw].mean(0))[0] for draw in draws])
+        ci = tuple(
+            each.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        )
+    return Optimum(teacher, ci, {0: "low", last: "high"}.get(lowest))
+
+
+def _vertex(x: Tensor, y: Tensor) -> tuple[float, int]:
+    i = int(y.argmin())
+    if i in (0, len(x) - 1):
+        return x[i].item(), i
+    a, b, c = x[i - 1 : i + 2].log().tolist()
+    left, right = (y[i - 1] - y[i]).item(), (y[i + 1] - y[i]).item()
+    bend = left * (c - b) + right * (b - a)
+    if bend == 0:  # three equal points
+        return x[i].item(), i
+    return math.exp(b + 0.5 * (left * (c - b) ** 2 - right * (b - a) ** 2) / bend), i
+
+
+@dataclass(frozen=True)
+class CapacityGapLaw:
+    """T* = slope S + intercept. counted: what sizes count, as it was said at the fit. covariance:
+    of (slope, intercept), NaN for two points."""
+
+    slope: float
+    intercept: float
+    r2: float
+    covariance: Tensor
+    counted: str
+
+    def teacher_for(self, student: float) -> tuple[float, float, float]:
+        """The best teacher's size for this student: (size, size - 2 s.e., size + 2 s.e.)."""
+        row = torch.tensor([student, 1.0], dtype=torch.float64)
+        size = self.slope * student + self.intercept
+        error = 2 * float(row @ self.covariance @ row) ** 0.5
+        return size, size - error, size + error
+
+    def student_for(self, teacher: float) -> tuple[float, float, float]:
+        """The student whose best teacher this is, and 2 s.e. around; ValueError where the line does
+        not rise."""
+        if self.slope <= 0:
+            raise ValueError(f"the line does not rise (slope {self.slope:.4g}): it has no inverse")
+        size = (teacher - self.intercept) / self.slope
+        _, low, high = self.teacher_for(size)
+        error = (high - low) / 2 / self.slope
+        return size, size - error, size + error
+
+
+def fit_capacity_gap_law(
+    students: Sequence[float],
+    teachers: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    censored: Sequence[str | None] | None = None,
+    counted: str | Sequence[str] = "all parameters",
+) -> CapacityGapLaw:
+    """The least-squares line through best teachers [m] of students [m].
+
+    weights: [m], of the squares. censored: that of each `Optimum`; such points are left out.
+    counted: what the sizes count ("all parameters", "without embeddings", "units"), once or for
+    each point. Raises ValueError for fewer than 2 points that count, numbers that are not finite,
+    all points censored, and sizes that are counted in different ways.
+
+    Defaults: equal weights (the paper).
+
+    Example:
+        >>> from stillhouse.methods.language import fit_capacity_gap_law
+        >>> law = fit_capacity_gap_law([10, 20, 40], [13.5, 38.5, 88.5])
+        >>> round(law.slope, 6), round(law.intercept, 6), [round(x) for x in law.teacher_for(30)]
+        (2.5, -11.5, [64, 63, 64])
+    """
+    names = {counted} if isinstance(counted, str) else set(counted)
+    if len(names) != 1:
+        raise ValueError(f"sizes must be counted in one way, got {', '.join(sorted(names))}")
+    flags = [None] * len(students) if censored is None else list(censored)
+    if flags and all(flag is not None for flag in flags):
+        sides = " and ".join(sorted(set(flags)))
+        raise ValueError(
+            f"every optimum is at the {sides} end of its teachers: there is none to fit to"
+        )
+    columns = [students, teachers, [1.0] * len(students) if weights is None else weights, flags]
+    points = [row[:3] for row in zip(*columns, strict=True) if row[3] is None]
+    if len(points) < 2:
+        raise ValueError(f"a line needs at least 2 points, got {len(points)}")
+    s, t, w = torch.tensor(points, dtype=torch.float64).unbind(-1)
+    if not bool(torch.stack([s, t, w]).isfinite().all()) or not bool((w > 0).all()):
+        raise ValueError("sizes must be finite and weights positive")
+    rows = torch.stack([s, torch.ones_like(s)], -1)
+    inverse = torch.linalg.inv(rows.T @ (w[:, None] * rows))
+    line = inverse @ (rows.T @ (w * t))
+    squares = w * (t - rows @ line) ** 2
+    spread = (w * (t - (w * t).sum() / w.sum()) ** 2).sum()
+    free = len(points) - 2
+    covariance = inverse * (squares.sum() / free if free else math.nan)
+    return CapacityGapLaw(
+        slope=line[0].item(),
+        intercept=line[1].item(),
+        r2=1 - (squares.sum() / spread).item(),
+        covariance=covariance,
+        counted=names.pop(),
+    )
