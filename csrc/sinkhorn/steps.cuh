@@ -2,7 +2,7 @@
 // that potentials are kept as. kernel.h and reverse.h have the mathematics.
 //
 //   row(i), column(j)   what an element needs of its row and its column; nothing has mass beyond the last
-//   term(...)           an element's part of the row's sum; `held` its part, but for a factor, of the column's
+//   term(...)           an element's part of the row's sum; `held`: of its column's, but for a factor
 //   finish(...)         what becomes of the row; the factor
 //   leave_part(...)     what a part of the rows leaves beside the columns' sums
 //   finish_column(...)  what becomes of the column
