@@ -372,7 +372,7 @@ def test_the_implicit_gradient_of_kept_marginals(domain, level):
 
 
 def test_twenty_iterations_are_nearly_the_fixed_point():
-    """1e-3 apart, as the sheet of SinKD's setting says; the envelope is far off."""
+    """1e-3 apart at the settings of SinKD; the envelope is far off."""
     student, teacher = (3 * torch.randn(2, 8, 10, dtype=DOUBLE)).unbind(0)
     cost = ops.pairwise_l1((student / 2).softmax(-1), (teacher / 2).softmax(-1))[None]
     up = torch.ones(1, dtype=DOUBLE)
