@@ -24,6 +24,22 @@ constexpr int64_t kDimensions = 16;     // of points that are worked on by dimen
 constexpr int64_t kTestEvery = 5;       // iterations between two looks at the tolerance
 constexpr double kKernelRange = 80;     // of costs over epsilon: e^-80 is a normal float
 
+// What a device's kernels share of the mathematics. A sum outside of this range is taken once more, relative
+// to its largest term, or its problem by exponents.
+constexpr double kLeastSum = 1e-18, kMostSum = 1e18;
+template <class Real>
+SH_INLINE bool in_range(Real sum) {
+  return sum >= Real(kLeastSum) && sum <= Real(kMostSum);
+}
+// The power that marginals which may give way take; 1: they are kept.
+SH_INLINE double lambda_of(double rho, double epsilon) {
+  return rho < INFINITY ? rho / (rho + epsilon) : 1;
+}
+// r log(r / s) - r + s, of a marginal that may give way.
+SH_INLINE double relative_entropy(double r, double s) {
+  return (r > 0 ? r * ::log(r / s) : 0.) - r + s;
+}
+
 // Rows [G, n] of costs or of points, one after the other, as numbers of any type.
 struct Matrix {
   char* data;

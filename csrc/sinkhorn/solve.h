@@ -7,8 +7,6 @@
 // updated.
 #pragma once
 
-constexpr double kLeastSum = 1e-18, kMostSum = 1e18;  // else a row or column is taken once more
-
 template <class Real>
 Real gain_of(double epsilon) {
   return Real(kLog2e / epsilon);
@@ -53,11 +51,6 @@ void add_scaled(int64_t n, const Real* x, Real factor, Real* sum) {
   const Lane<Real> by(factor);
   each_step<Real>(
       n, [&](int64_t j, int64_t) { store(mul_add(lane(x + j), by, lane(sum + j)), sum + j); });
-}
-
-template <class Real>
-bool in_range(Real sum) {
-  return sum >= Real(kLeastSum) && sum <= Real(kMostSum);
 }
 
 // What the rows' sums are where an iteration leaves them alone: a, or for marginals that may give
@@ -155,11 +148,6 @@ RowResult<Real> plan_row(const Task<Real>& t, int64_t i, const Real* cost, Real*
   return {double(fold_sum(sum)), double(fold_sum(costs)), double(fold_sum(entropy))};
 }
 
-// r log(r / s) - r + s, of a marginal that may give way.
-inline double relative_entropy(double r, double s) {
-  return (r > 0 ? r * ::log(r / s) : 0.) - r + s;
-}
-
 template <class Real>
 void result_row(const Task<Real>& t, int64_t i, const RowScratch<Real>& w, Real* columns,
                 double* of_block) {
@@ -207,10 +195,6 @@ void add_blocks(Task<Real>& t) {
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) t.totals[j] += double(part[j]);
   }
-}
-
-inline double lambda_of(double rho, double epsilon) {
-  return rho < INFINITY ? rho / (rho + epsilon) : 1;
 }
 
 template <class Real>

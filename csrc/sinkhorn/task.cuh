@@ -8,7 +8,6 @@ namespace stillhouse {
 // Of a block, but for large rows: two of them have a multiprocessor's registers.
 constexpr int kCudaThreads = 128;
 constexpr int kCudaWarps = kCudaThreads / kWarpSize;
-constexpr double kLeastSum = 1e-18, kMostSum = 1e18;  // else a sum is taken again
 
 // Rows whose sums over columns are added up together. Not kBlockRows: a GPU wants many blocks, and their
 // number depends on the problem alone, not on those beside it or on the device.
@@ -57,21 +56,10 @@ template <class Real>
 SH_INLINE Real log2_of(Real x) {
   return x > 0 ? fast_log(x) * Real(kLog2e) : x == x ? Real(-INFINITY) : x;
 }
-template <class Real>
-SH_INLINE bool in_range(Real sum) {
-  return sum >= Real(kLeastSum) && sum <= Real(kMostSum);
-}
 // x^lambda of a scaling.
 template <class Real>
 SH_INLINE Real power_of(Real x, double lambda) {
   return lambda == 1 || !(x > 0) ? x : fast_exp2(fast_log(x) * Real(kLog2e) * Real(lambda));
-}
-SH_INLINE double lambda_of(double rho, double epsilon) {
-  return rho < INFINITY ? rho / (rho + epsilon) : 1;
-}
-// r log(r / s) - r + s, of a marginal that may give way.
-SH_INLINE double relative_entropy(double r, double s) {
-  return (r > 0 ? r * ::log(r / s) : 0.) - r + s;
 }
 
 struct Progress {
