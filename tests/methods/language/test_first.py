@@ -344,43 +344,13 @@ def test_comparing_among_the_five_alone_leaves_the_rest_free():
     assert quality(alone, labels)[1] < quality(ours, labels)[1] - 0.05
 
 
-def test_it_trains_a_language_model(tmp_path, llama, make_tokenizer):
+def test_it_trains_a_language_model(tmp_path, assert_learns, distilled):
     """`stillhouse distill --method first`, and what it says of a stored teacher's tail."""
     from stillhouse.errors import UsageError
-    from stillhouse.recipes import distill
-    from stillhouse.train.arguments import parse
 
-    for name, layers in (("teacher", 3), ("student", 1)):
-        llama(layers, seed=layers).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "text").mkdir()
-    for number in range(6):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} words of a text " * 20)
-    flags = {
-        "teacher": tmp_path / "teacher",
-        "student": tmp_path / "student",
-        "data": tmp_path / "text",
-        "output_dir": tmp_path / "run",
-        "method": "first",
-        "method_options": "c=0.3",
-        "max_length": 32,
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "use_cpu": "true",
-        "eval_share": 0.2,
-    }
-
-    def words(flags):
-        return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-
-    report = distill.distill(*parse(words(flags)))
-    series = report.curves["loss"]["series"]["first"][1]
-    assert series[-1] < series[0]
-    del flags["teacher"]
-    stored = flags | {"teacher_shards": tmp_path / "shards", "overwrite": "true"}
+    assert_learns("first", method_options="c=0.3")
+    stored = dict(teacher=None, teacher_shards=tmp_path / "shards", overwrite="true")
     with pytest.raises(UsageError, match="it takes --teacher_tail renormalize"):
-        distill.distill(*parse(words(stored)))
+        distilled("first", method_options="c=0.3", **stored)
     with pytest.raises(UsageError, match="--method first does not take these options"):
-        distill.distill(*parse(words(stored | {"temperature": 2.0})))
+        distilled("first", method_options="c=0.3", temperature=2.0, **stored)

@@ -256,38 +256,11 @@ def test_what_it_cannot_do_without():
         MGSRLoss(features=4)(LogitRows(student, index), LogitRows(teacher, index), {})
 
 
-def test_it_trains_a_language_model(tmp_path, llama, make_tokenizer):
+def test_it_trains_a_language_model(tmp_path, assert_learns):
     """`stillhouse distill --method mgsr`: with spans, and a window in the optimiser."""
-    from stillhouse.recipes import distill
-    from stillhouse.train.arguments import parse
     from stillhouse.train.checkpoints import STATE_FILE
 
-    for name, layers in (("teacher", 3), ("student", 1)):
-        llama(layers, seed=layers).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "text").mkdir()
-    for number in range(6):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} words of a text " * 20)
-    flags = {
-        "teacher": tmp_path / "teacher",
-        "student": tmp_path / "student",
-        "data": tmp_path / "text",
-        "output_dir": tmp_path / "run",
-        "method": "mgsr",
-        "method_options": "features=64",
-        "max_length": 32,
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 6,
-        "use_cpu": "true",
-        "eval_share": 0.2,
-    }
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    report = distill.distill(*parse(words))
-    series = report.curves["loss"]["series"]["mgsr"][1]
-    assert series[-1] < series[0]
+    assert_learns("mgsr", method_options="features=64", save_steps=6)
     state = torch.load(tmp_path / "run" / "checkpoint-6" / STATE_FILE)
     network = DACKL(features=64)
     assert not torch.equal(state["objective"]["dac"]["first"], network.first)

@@ -214,34 +214,6 @@ def test_options_that_cannot_be(options, message):
         SinKDLoss(**options)
 
 
-def test_it_trains_a_language_model(tmp_path, llama, make_tokenizer):
+def test_it_trains_a_language_model(assert_learns):
     """`stillhouse distill --method sinkd`."""
-    from stillhouse.recipes import distill
-    from stillhouse.train.arguments import parse
-
-    for name, layers in (("teacher", 3), ("student", 1)):
-        llama(layers, seed=layers).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "text").mkdir()
-    for number in range(6):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} words of a text " * 20)
-    flags = {
-        "teacher": tmp_path / "teacher",
-        "student": tmp_path / "student",
-        "data": tmp_path / "text",
-        "output_dir": tmp_path / "run",
-        "method": "sinkd",
-        "method_options": "beta=100",
-        "max_length": 32,
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "use_cpu": "true",
-        "eval_share": 0.2,
-    }
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    report = distill.distill(*parse(words))
-    series = report.curves["loss"]["series"]["sinkd"][1]
-    assert series[-1] < series[0]
-    assert report.values["perplexity"]["student"] < 259
+    assert_learns("sinkd", method_options="beta=100")

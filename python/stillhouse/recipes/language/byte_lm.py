@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import cross_entropy, embedding
+
+from stillhouse.train import LogitRows, Objective, RowIndex
 
 VOCABULARY = 48
 CONTEXT = 8
@@ -108,3 +110,37 @@ def train(
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+
+
+def label_loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, for `train`."""
+    return cross_entropy(logits, targets)
+
+
+def distill(
+    student: ByteLM,
+    teacher: ByteLM,
+    text: ByteText,
+    objective: Objective,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> dict[str, list[float]]:
+    """Trains the student by an objective, its parameters too, and updates it after each step;
+    returns what it reported, step by step."""
+    trace: list[dict[str, float]] = []
+
+    def loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
+        rows = torch.arange(len(targets))
+        index = RowIndex(row=rows, target=targets, sequence=rows)
+        parts = objective(LogitRows(logits, index), LogitRows(teacher(contexts), index), {})
+        trace.append({name: value.item() for name, value in parts.items()})
+        if hasattr(objective, "update"):
+            objective.update(trace[-1], len(trace), steps)
+        return parts["loss"]
+
+    extra = getattr(objective, "parameters", list)()
+    options = dict(steps=steps, learning_rate=learning_rate, seed=seed)
+    train(student, text, loss, extra=extra, **options)
+    return {name: [step[name] for step in trace] for name in trace[0]}

@@ -17,9 +17,16 @@ from torch.nn.functional import cross_entropy
 
 from stillhouse import ops
 from stillhouse.methods.language import MGSRLoss, revise
-from stillhouse.recipes.language.byte_lm import ByteLM, ByteText, CausalByteLM, train
+from stillhouse.recipes.language.byte_lm import (
+    ByteLM,
+    ByteText,
+    CausalByteLM,
+    distill,
+    label_loss,
+    train,
+)
 from stillhouse.report import Report
-from stillhouse.train import LogitRows, Objective, Responses, RowIndex, rollout, row_divergence
+from stillhouse.train import LogitRows, Objective, Responses, rollout, row_divergence
 from stillhouse.train.forward import row_forward
 from stillhouse.train.rows import supervised_rows
 
@@ -52,20 +59,22 @@ OBJECTIVES = {
 def run(report: Report, seeds: Sequence[int], budget: float) -> None:
     text = ByteText()
     teacher = ByteLM(context=8, width=16, hidden=256, seed=1)
-    train(teacher, text, _label_loss, steps=TEACHER_STEPS, learning_rate=3e-3, seed=0)
+    train(teacher, text, label_loss, steps=TEACHER_STEPS, learning_rate=3e-3, seed=0)
     teacher.requires_grad_(False)
 
     rows, revised = [], []
     for seed in report.within(budget, seeds):
         start = ByteLM(context=2, width=8, hidden=16, seed=10 + seed)
         train(
-            start, text, _label_loss, steps=TUNING_STEPS, learning_rate=5e-3, decay=False, seed=seed
+            start, text, label_loss, steps=TUNING_STEPS, learning_rate=5e-3, decay=False, seed=seed
         )
         names = list(OBJECTIVES) if len(report.seeds) == 1 else list(OBJECTIVES)[:3]
         traces = {}
         for name in names:
             student, objective = deepcopy(start), OBJECTIVES[name]()
-            traces[name] = _distill(student, teacher, text, objective, seed)
+            traces[name] = distill(
+                student, teacher, text, objective, steps=STEPS, learning_rate=5e-3, seed=100 + seed
+            )
             rows.append({"loss": name, "seed": seed, **_fidelity(student, teacher, text)})
         if len(report.seeds) == 1:
             window = {key: traces["learned window"][key][::10] for key in ("lower", "upper")}
@@ -111,28 +120,6 @@ def _claims(report: Report, rows: list[dict]) -> None:
 
 def _of(rows: list[dict], name: str, key: str) -> list[float]:
     return [row[key] for row in rows if row["loss"] == name]
-
-
-def _label_loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits, targets)
-
-
-def _distill(
-    student: ByteLM, teacher: ByteLM, text: ByteText, objective: Objective, seed: int
-) -> dict[str, list[float]]:
-    """Trains the student; returns what the objective reported, step by step."""
-    trace: list[dict[str, float]] = []
-
-    def loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
-        rows = torch.arange(len(targets))
-        index = RowIndex(row=rows, target=targets, sequence=rows)
-        parts = objective(LogitRows(logits, index), LogitRows(teacher(contexts), index), {})
-        trace.append({name: value.item() for name, value in parts.items()})
-        return parts["loss"]
-
-    extra = getattr(objective, "parameters", list)()
-    train(student, text, loss, steps=STEPS, learning_rate=5e-3, seed=100 + seed, extra=extra)
-    return {name: [step[name] for step in trace] for name in trace[0]}
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from stillhouse import ops
 from stillhouse.methods.language import TAIDLoss, taid_loss
-from stillhouse.recipes.language.byte_lm import ByteLM, ByteText, train
+from stillhouse.recipes.language.byte_lm import ByteLM, ByteText, distill, label_loss, train
 from stillhouse.report import Report
-from stillhouse.train import DivergenceObjective, LogitRows, RowIndex
+from stillhouse.train import DivergenceObjective
 
 TEACHER_STEPS = 2500
 TUNING_STEPS = 200
@@ -33,7 +32,7 @@ OBJECTIVES = {
 def run(report: Report, seeds: Sequence[int], budget: float) -> None:
     text = ByteText()
     teacher = ByteLM(context=8, width=16, hidden=256, seed=1)
-    train(teacher, text, _label_loss, steps=TEACHER_STEPS, learning_rate=3e-3, seed=0)
+    train(teacher, text, label_loss, steps=TEACHER_STEPS, learning_rate=3e-3, seed=0)
     teacher.requires_grad_(False)
 
     rows, softness = [], []
@@ -42,7 +41,7 @@ def run(report: Report, seeds: Sequence[int], budget: float) -> None:
         train(
             start,
             text,
-            _label_loss,
+            label_loss,
             steps=TUNING_STEPS,
             learning_rate=5e-3,
             decay=False,
@@ -52,7 +51,9 @@ def run(report: Report, seeds: Sequence[int], budget: float) -> None:
         traces = {}
         for name, make in OBJECTIVES.items():
             student = deepcopy(start)
-            traces[name] = _distill(student, teacher, text, make(), seed)
+            traces[name] = distill(
+                student, teacher, text, make(), steps=STEPS, learning_rate=5e-3, seed=100 + seed
+            )
             rows.append({"objective": name, "seed": seed, **_fidelity(student, teacher, text)})
         if len(report.seeds) == 1:
             _plot_traces(report, traces)
@@ -91,29 +92,6 @@ def run(report: Report, seeds: Sequence[int], budget: float) -> None:
         forward["acceptance"],
         margin=-0.001,
     )
-
-
-def _label_loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits, targets)
-
-
-def _distill(
-    student: ByteLM, teacher: ByteLM, text: ByteText, objective: DivergenceObjective, seed: int
-) -> dict[str, list[float]]:
-    """Trains the student; returns what the objective reported, step by step."""
-    trace: list[dict[str, float]] = []
-
-    def loss(logits: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
-        rows = torch.arange(len(targets))
-        index = RowIndex(row=rows, target=targets, sequence=rows)
-        parts = objective(LogitRows(logits, index), LogitRows(teacher(contexts), index), {})
-        trace.append({name: value.item() for name, value in parts.items()})
-        if hasattr(objective, "update"):
-            objective.update(trace[-1], len(trace), STEPS)
-        return parts["loss"]
-
-    train(student, text, loss, steps=STEPS, learning_rate=5e-3, seed=100 + seed)
-    return {name: [step[name] for step in trace] for name in trace[0]}
 
 
 def _first_gradient_ratio(student: ByteLM, teacher: ByteLM, text: ByteText, seed: int) -> float:
