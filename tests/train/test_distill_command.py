@@ -103,6 +103,9 @@ def test_from_flags_to_report(world, capsys):
         dict(lora_rank=2),
         dict(student="wide", vocab_size=259, method="skew_kl"),
         dict(eval_data="one.txt", gradient_accumulation_steps=2, bf16="true"),
+        dict(on_policy=0.5, max_new_tokens=4, control="true", gradient_accumulation_steps=2),
+        dict(lora_rank=2, on_policy=1, max_new_tokens=4, replay=8, gradient_checkpointing="true"),
+        dict(on_policy_adapts="true", max_new_tokens=4, eval_strategy="steps", eval_steps=1),
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -160,7 +163,7 @@ def test_nothing_is_overwritten_unasked(world, capsys):
         (dict(student="wide", vocab_size=200), ValueError, "vocab_size must hold the tokenizer's"),
         (dict(student="layers:0,3"), ValueError, "layer 3 does not exist: the model has 3 blocks"),
         (dict(student="layers:0,x"), ValueError, "expected --student layers:0,1,2"),
-        (dict(max_length=999), ValueError, "--max_length 999 is longer than the 128 positions"),
+        (dict(max_length=999), ValueError, "--max_length 999: longer than the 128 positions"),
         (dict(max_length=1), ValueError, "max_length must be at least 2"),
         (
             dict(learning_rate="1e30", method="forward_kl"),
@@ -183,6 +186,14 @@ def test_nothing_is_overwritten_unasked(world, capsys):
         (dict(resume_from_checkpoint="text"), UsageError, "is no complete checkpoint"),
         (dict(student=None), UsageError, "--student is missing"),
         (dict(teacher_dtype="int3"), UsageError, "teacher.dtype.*int3"),
+        (
+            dict(on_policy=0.5, max_new_tokens=105),
+            ValueError,
+            "--max_length 24 and --max_new_tokens 105: longer than the 128 positions",
+        ),
+        (dict(on_policy=2), ValueError, r"share must be in \[0, 1\]"),
+        (dict(replay=9), UsageError, "--replay is of the student's responses"),
+        (dict(on_policy_adapts="true"), UsageError, "add --eval_strategy steps"),
         (dict(max_step=3), UsageError, "unknown argument --max_step"),
         (dict(max_steps="many"), UsageError, "max.steps.*many"),
     ],

@@ -21,7 +21,7 @@ from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.recipes.distill_report import fill, generations, load_command
 from stillhouse.report import Report
 from stillhouse.teachers import TeacherShards
-from stillhouse.train import DivergenceObjective, Objective
+from stillhouse.train import DivergenceObjective, Objective, OnPolicy, Replay
 from stillhouse.train.arguments import DistillArguments, help_text, parse
 from stillhouse.train.checkpoints import (
     checkpoints,
@@ -70,6 +70,7 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
     needs_teacher = getattr(objective, "needs_teacher", True)
     if arguments.teacher is arguments.teacher_shards is None and needs_teacher:
         raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
+    on_policy = build_on_policy(arguments, training)
     _check_directory(arguments, training)
     shards = None
     if arguments.teacher_shards is None and arguments.teacher_tail != "bucket":
@@ -79,7 +80,7 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
     job = Job(arguments, training, shards)
     with training.main_process_first(local=False, desc="checkpoints"):
         checkpoint = _starting_point(arguments, training)
-    trainer = job.trainer(arguments.method, objective, training)
+    trainer = job.trainer(arguments.method, objective, training, on_policy)
     # A sharded model can only be prepared together with its optimiser.
     untouched = {} if trainer.is_fsdp_enabled else job.evaluate(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -156,6 +157,32 @@ def build_objective(arguments: DistillArguments) -> Objective:
         return getattr(method.load(), method.objective)(**options, **changed)
     except TypeError as error:
         raise UsageError(f"--method {name} does not take these options: {error}") from error
+
+
+def build_on_policy(arguments: DistillArguments, training: Any) -> OnPolicy | None:
+    """What `--on_policy` and the flags beside it ask for. Raises UsageError for what contradicts
+    itself."""
+    if arguments.on_policy == 0 and not arguments.on_policy_adapts:
+        if arguments.replay:
+            raise UsageError(
+                "--replay is of the student's responses: name their share, --on_policy"
+            )
+        return None
+    if arguments.teacher_shards is not None:
+        raise UsageError("--on_policy needs --teacher: shards know nothing of new responses")
+    if arguments.on_policy_adapts and training.eval_strategy == "no":
+        raise UsageError("--on_policy_adapts follows the evaluated loss: add --eval_strategy steps")
+    capacity = arguments.replay or (1000 if arguments.on_policy_adapts else 0)
+    return OnPolicy(
+        arguments.on_policy,
+        max_new_tokens=arguments.max_new_tokens,
+        prompt_tokens=arguments.prompt_tokens,
+        temperature=arguments.response_temperature,
+        top_k=arguments.response_top_k,
+        top_p=arguments.response_top_p,
+        replay=Replay(capacity) if capacity else None,
+        seed=training.seed,
+    )
 
 
 def _option_value(key: str, text: str) -> Any:

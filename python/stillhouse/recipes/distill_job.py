@@ -14,7 +14,7 @@ from torch import nn
 from stillhouse import data
 from stillhouse.errors import UsageError
 from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
-from stillhouse.train import DivergenceObjective, Objective, models
+from stillhouse.train import AdaptiveShare, DivergenceObjective, Objective, OnPolicy, models
 from stillhouse.train.arguments import DistillArguments
 from stillhouse.train.examples import collate, encode
 
@@ -88,7 +88,9 @@ class Job:
             models.check_pair(self._fresh, self.teacher, own, self.tokenizer, arguments.vocab_size)
         else:
             models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
-        models.check_length(self._fresh, self.teacher, arguments.max_length)
+        responds = arguments.on_policy > 0 or arguments.on_policy_adapts
+        response = arguments.max_new_tokens if responds else 0
+        models.check_length(self._fresh, self.teacher, arguments.max_length, response)
         numbers, held = split(arguments, records)
         if other is not None:
             held = range(len(other))
@@ -144,7 +146,9 @@ class Job:
             student = get_peft_model(student, adapter)
         return student
 
-    def trainer(self, name: str, objective: Objective, training: Any) -> Any:
+    def trainer(
+        self, name: str, objective: Objective, training: Any, on_policy: OnPolicy | None = None
+    ) -> Any:
         """A trainer with a fresh student. Raises UsageError for adapters in shards."""
         from transformers import set_seed
 
@@ -164,6 +168,10 @@ class Job:
             objective=objective,
             teacher=teacher,
             vocab_size=self.arguments.vocab_size,
+            on_policy=on_policy,
+            adaptive_share=(
+                AdaptiveShare(on_policy) if on_policy and self.arguments.on_policy_adapts else None
+            ),
             name=name,
             train_dataset=examples,
             eval_dataset=self.eval_set,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from stillhouse.train.calibration import ece, reliability
+from stillhouse.train.drawing import Replay
 from stillhouse.train.hooks import capture
 from stillhouse.train.layers import layer_map
 from stillhouse.train.logprobs import sequence_logprobs
@@ -15,19 +16,22 @@ from stillhouse.train.objective import (
     row_loss,
     row_means,
 )
+from stillhouse.train.on_policy import AdaptiveShare, OnPolicy
 from stillhouse.train.preference import preference_loss
 from stillhouse.train.reduce import reduce
-from stillhouse.train.response_source import Replay, ResponseSource
+from stillhouse.train.response_source import ResponseSource
 from stillhouse.train.responses import Responses, rollout
 from stillhouse.train.rows import RowIndex, paired, supervised_rows
 from stillhouse.train.schedules import Schedule, ramp
 from stillhouse.train.stages import Stage, run_stages
 
 __all__ = [
+    "AdaptiveShare",
     "DistillTrainer",
     "DivergenceObjective",
     "LogitRows",
     "Objective",
+    "OnPolicy",
     "PowerLaw",
     "Replay",
     "ResponseSource",

@@ -91,6 +91,20 @@ class DistillArguments:
         "precision of the student's weights", "float32"
     )
     lora_rank: int = _flag("train adapters of this rank instead of the student itself", 0)
+    on_policy: float = _flag(
+        "share of the batches whose responses the student writes itself while it trains", 0.0
+    )
+    on_policy_adapts: bool = _flag(
+        "let that share begin at 0 and grow when the evaluated loss rises (DistiLLM's schedule; "
+        "needs --eval_strategy)",
+        False,
+    )
+    replay: int = _flag("use so many of the student's last responses again, half of the time", 0)
+    max_new_tokens: int = _flag("tokens a response of the student has at most", 128)
+    prompt_tokens: int = _flag("of plain text, first tokens that the student goes on from", 32)
+    response_temperature: float = _flag("of the student's responses; 0 takes the likeliest", 1.0)
+    response_top_k: int | None = _flag("draw responses from the k likeliest tokens")
+    response_top_p: float | None = _flag("draw responses from the likeliest tokens of this mass")
     max_length: int = _flag("tokens a training sequence has at most", 512)
     eval_data: str | None = _flag("text to evaluate on, instead of held-out documents")
     eval_share: float = _flag("share of the documents held out for evaluation", 0.05)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 MARKER = "complete"
 STATE_FILE = "distillation.pt"  # what DistillTrainer adds to the Trainer's own files
@@ -87,3 +88,15 @@ def prune(directory: str | Path, keep: int, protected: str | Path | None = None)
         # The marker goes first: killed in the middle, what is left counts as torn.
         (path / MARKER).unlink()
         shutil.rmtree(path)
+
+
+def load_whole_optimizer(model: Any, optimizer: Any, scheduler: Any, checkpoint: Path) -> None:
+    """What sharded processes have gathered, by the names of the parameters."""
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    state = torch.load(checkpoint / WHOLE_OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))

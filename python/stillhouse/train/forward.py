@@ -18,7 +18,7 @@ from stillhouse.train.rows import RowIndex
 
 # What a batch holds for us and not for the model.
 LAYOUT = ("prefix_length", "document_ids")  # what attention masks are made of, not the mask
-OURS = ("labels", "record", "denominator", "vocab_size", *LAYOUT, *STORED)
+OURS = ("labels", "record", "denominator", "vocab_size", "on_policy", *LAYOUT, *STORED)
 
 
 class RowForward:

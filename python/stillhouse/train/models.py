@@ -142,14 +142,16 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         )
 
 
-def check_length(student: nn.Module | None, teacher: nn.Module | None, max_length: int) -> None:
-    """Raise ValueError for sequences longer than a model has positions for."""
+def check_length(
+    student: nn.Module | None, teacher: nn.Module | None, max_length: int, response: int = 0
+) -> None:
+    """Raise ValueError for sequences longer than a model has positions for; `response` tokens may
+    follow a whole one."""
+    flags = f"--max_length {max_length}" + (f" and --max_new_tokens {response}" if response else "")
     for name, model in (("student", student), ("teacher", teacher)):
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if positions is not None and max_length > positions:
-            raise ValueError(
-                f"--max_length {max_length} is longer than the {positions} positions of the {name}"
-            )
+        if positions is not None and max_length + response > positions:
+            raise ValueError(f"{flags}: longer than the {positions} positions of the {name}")
 
 
 def has_tokenizer(name: str) -> bool:

@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stillhouse.progress import Progress
-from stillhouse.train.responses import Responses, Tokens, rollout, tokens
-
-Pair = tuple[Tensor, Tensor]  # prompt, response
+from stillhouse.train.drawing import ORDER, SHARE, STORE, Drawing, Pair, Replay
+from stillhouse.train.responses import Responses, Tokens, tokens
 
 CHUNK = 64  # responses drawn at a time where all of them are
-
-# What a seed is for: no two purposes share their random numbers.
-ORDER, SHARE, REPLAY, HELD, DRAW, STORE, REVISE = range(7)
-
-
-@dataclass
-class Replay:
-    """Keeps the last `capacity` responses of the student; `share` of what is due to be drawn from
-    it comes from here once there is something (DistiLLM, arXiv 2402.03898). `share` may be moved
-    while training."""
-
-    capacity: int = 1000
-    share: float = 0.5
-    held: list[Pair] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.capacity < 1 or not 0 <= self.share <= 1:
-            raise ValueError(
-                f"expected capacity >= 1 and a share in [0, 1], got {self.capacity}, {self.share}"
-            )
-
-    def add(self, pairs: Sequence[Pair]) -> None:
-        """Keep these, and let the oldest go."""
-        self.held = [*self.held, *pairs][-self.capacity :]
 
 
 class ResponseSource:
@@ -102,10 +75,8 @@ class ResponseSource:
                 "a source needs one or two of student, teacher and dataset, got "
                 f"{' and '.join(self._sources) or 'none'}"
             )
-        if not 0 <= share <= 1 or (share < 1 and len(self._sources) == 1):
-            raise ValueError(f"share must be in [0, 1], and 1 where there is one source: {share}")
-        if per not in ("batch", "row"):
-            raise ValueError(f"per must be 'batch' or 'row', got {per!r}")
+        if share < 1 and len(self._sources) == 1:
+            raise ValueError(f"share must be 1 where there is one source, got {share}")
         has_model = self._sources.keys() & {"student", "teacher"}
         if has_model and max_new_tokens is None:
             raise ValueError("models need max_new_tokens=, the longest response")
@@ -119,20 +90,40 @@ class ResponseSource:
             raise ValueError("replay is for responses that are drawn anew: online=True")
         if dataset is not None and len(dataset) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts and {len(dataset)} stored responses")
-        self.share, self.per, self.online, self.generations = share, per, online, generations
-        self.replay, self.revise, self.shuffle, self.seed = replay, revise, shuffle, seed
-        self.options = dict(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
+        self.online, self.generations, self.shuffle = online, generations, shuffle
+        self._drawing = Drawing(
+            share=share,
+            per=per,
+            replay=replay,
+            revise=revise,
+            seed=seed,
+            options=dict(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                eos_token_id=eos_token_id,
+            ),
         )
         self._kept: dict[str, list[Tensor]] = {}
         if dataset is not None:
             self._kept["dataset"] = [torch.as_tensor(x, dtype=torch.int64).cpu() for x in dataset]
         self._order: tuple[int, list[int]] | None = None  # of an epoch
         self._visited = self._batches = 0
+
+    @property
+    def share(self) -> float:
+        """Probability of the first of two sources."""
+        return self._drawing.share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._drawing.share = share
+
+    @property
+    def replay(self) -> Replay | None:
+        """Responses of the student that are used again."""
+        return self._drawing.replay
 
     @property
     def epoch(self) -> int:
@@ -145,7 +136,7 @@ class ResponseSource:
             raise ValueError(f"a batch has at least one prompt, got {n}")
         items = [self._next() for _ in range(n)]
         pairs: list[Pair | None] = [None] * n
-        chosen = self._choose(self.share, n, SHARE)
+        chosen = self._drawing.choose(self.share, n, SHARE, self._batches)
         for name, own in zip(self._sources, (True, False), strict=False):
             rows = [row for row in range(n) if chosen[row] == own]
             for row, pair in zip(rows, self._take(name, [items[row] for row in rows]), strict=True):
@@ -161,7 +152,7 @@ class ResponseSource:
         if not self.shuffle:
             return place
         if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(count, generator=self._generator(ORDER, epoch))
+            order = torch.randperm(count, generator=self._drawing.generator(ORDER, epoch))
             self._order = epoch, order.tolist()
         return self._order[1][place]
 
@@ -178,56 +169,25 @@ class ResponseSource:
                 self._kept[name] = self._draw_all(name)
             responses = [self._kept[name][item] for item in items]
         else:
-            return self._draw_or_replay(name, prompts)
+            model, student = self._sources[name], name == "student"
+            return self._drawing.draw(model, prompts, self._batches, student=student)
         return list(zip(prompts, responses, strict=True))
-
-    def _draw_or_replay(self, name: str, prompts: list[Tensor]) -> list[Pair]:
-        again = [False] * len(prompts)
-        held = [] if self.replay is None or name != "student" else self.replay.held
-        if held:
-            again = self._choose(self.replay.share, len(prompts), REPLAY)
-            generator = self._generator(HELD, self._batches)
-            places = torch.randint(len(held), (len(prompts),), generator=generator).tolist()
-        fresh = [prompt for prompt, replayed in zip(prompts, again, strict=True) if not replayed]
-        drawn: list[Pair] = []
-        if fresh:
-            seed = _mixed(self.seed, DRAW, self._batches, int(name == "teacher"))
-            drawn = self._respond(name, fresh, seed)
-            if name == "student" and self.replay is not None:
-                self.replay.add(drawn)
-        new = iter(drawn)
-        return [held[places[i]] if again[i] else next(new) for i in range(len(prompts))]
 
     def _draw_all(self, name: str) -> list[Tensor]:
         """A response for each item, drawn once."""
         items = [prompt for prompt in self.prompts for _ in range(self.generations)]
-        generator = self._generator(STORE, int(name == "teacher"))
+        student = name == "student"
+        generator = self._drawing.generator(STORE, int(not student))
         seeds = torch.randint(2**62, (len(items),), generator=generator)
         responses: list[Tensor] = []
         progress = Progress("responses")
         for start in range(0, len(items), CHUNK):
             part = slice(start, start + CHUNK)
-            responses += [pair[1] for pair in self._respond(name, items[part], seeds[part])]
+            model = self._sources[name]
+            drawn = self._drawing.respond(model, items[part], seeds[part], student=student)
+            responses += [pair[1] for pair in drawn]
             progress(f"responses of the {name}", len(responses), len(items))
         return responses
-
-    def _respond(self, name: str, prompts: list[Tensor], seed: int | Tensor) -> list[Pair]:
-        drawn = rollout(self._sources[name], prompts, seed=seed, **self.options)
-        if name == "student" and self.revise is not None:
-            first = seed if isinstance(seed, int) else int(seed[0])
-            drawn = self.revise(drawn, seed=_mixed(self.seed, REVISE, first))
-        drawn = drawn.to("cpu")
-        return list(zip(drawn.prompts(), drawn.responses(), strict=True))
-
-    def _choose(self, share: float, n: int, purpose: int) -> list[bool]:
-        """Whether the first of two is taken, for each row."""
-        generator = self._generator(purpose, self._batches)
-        count = n if self.per == "row" else 1
-        chosen = torch.rand(count, generator=generator, dtype=torch.float64) < share
-        return chosen.expand(n).tolist()
-
-    def _generator(self, *purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed(_mixed(self.seed, *purpose))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same batches: where it is, and what is kept
@@ -245,9 +205,3 @@ class ResponseSource:
         self.share, self._kept = state["share"], dict(state["kept"])
         if self.replay is not None:
             self.replay.held = list(state["replay"] or ())
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed that no other such numbers have."""
-    state = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, "u8")
-    return int(state[0] >> np.uint64(1))

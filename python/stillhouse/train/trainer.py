@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import time
@@ -11,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import StateDictType
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from stillhouse.train.bookkeeping import Bookkeeping
 from stillhouse.train.checkpoints import (
     STATE_FILE,
-    WHOLE_OPTIMIZER,
     WHOLE_WEIGHTS,
     is_whole,
+    load_whole_optimizer,
     mark_complete,
     newest_complete,
     prune,
@@ -30,6 +31,7 @@ from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
 from stillhouse.train.metrics import sequence_sums, summarize
 from stillhouse.train.objective import LogitRows, Objective
+from stillhouse.train.on_policy import AdaptiveShare, OnPolicy
 from stillhouse.train.progress import TrainingProgress
 from stillhouse.train.rows import RowIndex, supervised_rows
 from stillhouse.train.statistics import StepStatistics
@@ -52,12 +54,16 @@ class DistillTrainer(Trainer):
     sharded training, resume, trackers.
 
     The loss is a mean over the supervised tokens of a whole optimiser step, across micro-batches
-    and ranks. Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
+    and ranks. `on_policy` lets the student write responses of its own while it trains, and
+    `adaptive_share` moves how many; an objective with a method `revise` has them corrected
+    first. The log then has their share of the targets, `on_policy`.
+    Evaluation gives `eval_loss` (nats a token), `eval_perplexity` and, with a teacher,
     `eval_forward_kl`, `eval_reverse_kl`, `eval_acceptance`, `eval_agreement`.
 
     Raises ValueError where the objective needs a teacher and there is none, for several GPUs in one
-    process, where FSDP was asked for and accelerate would not shard, and for an FSDP configuration
-    or an objective that sharded processes could not save; NonFiniteLoss while training.
+    process, where FSDP was asked for and accelerate would not shard, for an FSDP configuration or
+    an objective that sharded processes could not save, and for responses of a sharded student or
+    with a stored teacher; NonFiniteLoss while training.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class DistillTrainer(Trainer):
         objective: Objective,
         teacher: nn.Module | Callable[..., Any] | None = None,
         vocab_size: int | None = None,
+        on_policy: OnPolicy | None = None,
+        adaptive_share: AdaptiveShare | None = None,
         name: str = "",
         **options: Any,
     ):
@@ -110,11 +118,14 @@ class DistillTrainer(Trainer):
         self.teacher = teacher
         # Held-out text is compared with a model: what a few columns say is another number.
         self.reference = teacher if isinstance(teacher, FrozenTeacher) else None
+        self.on_policy, self.adaptive_share = on_policy, adaptive_share
+        if on_policy is not None:
+            self._check_on_policy()
         self.clock = Clock(args.device)
         self.statistics = StepStatistics()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_Bookkeeping(self))
+        self.add_callback(Bookkeeping(self))
         if not args.disable_tqdm:
             self.add_callback(TrainingProgress(name))
 
@@ -130,6 +141,31 @@ class DistillTrainer(Trainer):
                 f"{type(self.objective).__name__} has parameters of its own, which FSDP does not "
                 "take into the student's optimiser: use DDP"
             )
+
+    def _check_on_policy(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("a sharded student cannot respond while it trains: use DDP")
+        if self.needs_teacher and self.reference is None:
+            raise ValueError("a stored teacher knows nothing of new responses: on_policy needs one")
+        if hasattr(self.objective, "revise"):
+            teacher = self.reference and self.reference.model
+            self.on_policy.revise = functools.partial(
+                self.objective.revise, self.model, teacher, **self.on_policy.options
+            )
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list, Tensor | None]:
+        """A step's micro-batches and the number of their targets; the student responds in them."""
+        batches, count = super().get_batch_samples(*args, **options)
+        if self.on_policy is None or not batches:
+            return batches, count
+        first = self.state.global_step * self.args.gradient_accumulation_steps
+        with self.clock.measure("responses"):
+            for micro, batch in enumerate(batches):
+                batches[micro], share = self.on_policy(
+                    self.model, batch, first + micro, process=self.args.process_index
+                )
+                batches[micro]["on_policy"] = torch.tensor(share)
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
 
     def compute_loss(
         self,
@@ -155,6 +191,8 @@ class DistillTrainer(Trainer):
 
         parts = self.student_rows(model, batch, index, compute)
         self._require_finite(parts["loss"], batch.get("record"))
+        if "on_policy" in batch:
+            parts["on_policy"] = batch["on_policy"]
         self.statistics.add(parts, index.row.numel())
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
@@ -188,11 +226,18 @@ class DistillTrainer(Trainer):
             raise ValueError(f"a batch needs labels, this one has {', '.join(inputs)}")
         return {**inputs, "vocab_size": self.vocab_size}, supervised_rows(inputs["labels"])
 
-    def _finish_step(self, seconds: float) -> None:
+    def finish_step(self, seconds: float) -> None:
         """Close the books of an optimiser step and tell the objective."""
         stats = self.statistics.finish(self.accelerator, seconds)
         if stats is not None and hasattr(self.objective, "update"):
             self.objective.update(stats, self.state.global_step, self.state.max_steps)
+        if stats is not None and self.adaptive_share is not None:
+            self.adaptive_share.update(stats, self.state.global_step, self.state.max_steps)
+
+    def note_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation has ended, on all ranks with the same numbers."""
+        if self.adaptive_share is not None and "eval_loss" in metrics:
+            self.adaptive_share.evaluated(metrics["eval_loss"])
 
     # --- what the objective brings along ------------------------------------------------------
 
@@ -224,17 +269,14 @@ class DistillTrainer(Trainer):
     def seconds(self) -> dict[str, float]:
         """Training time of the whole run, interruptions left out: `teacher`, `student` (forward
         and backward), `loss` (the output heads included), `rest` (optimiser, data) and `total`,
-        without evaluation and checkpoints."""
+        without evaluation and checkpoints; where the student responds, `responses` too."""
         measured = self.clock.seconds()
         total, steps = measured.get("total", 0.0), measured.get("micro_steps", 0.0)
         teacher, loss = measured.get("teacher", 0.0), measured.get("loss", 0.0)
-        return {
-            "teacher": teacher,
-            "student": steps - teacher - loss,
-            "loss": loss,
-            "rest": total - steps,
-            "total": total,
-        }
+        parts = {"teacher": teacher, "student": steps - teacher - loss, "loss": loss}
+        if self.on_policy is not None:
+            parts["responses"] = measured.get("responses", 0.0)
+        return {**parts, "rest": total - steps - parts.get("responses", 0.0), "total": total}
 
     # --- checkpoints --------------------------------------------------------------------------
 
@@ -288,7 +330,12 @@ class DistillTrainer(Trainer):
             state = {"statistics": self.statistics.state_dict(), "clock": self.clock.seconds()}
             if hasattr(self.objective, "state_dict"):
                 state["objective"] = self.objective.state_dict()
+            if self.adaptive_share is not None:
+                state["adaptive_share"] = self.adaptive_share.state_dict()
             torch.save(state, folder / STATE_FILE)
+        if self.on_policy is not None:
+            # What is replayed is each process's own.
+            torch.save(self.on_policy.state_dict(), folder / self._responses_file)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
@@ -316,7 +363,7 @@ class DistillTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_fsdp_enabled and is_whole(checkpoint):
-            self._load_whole_optimizer(Path(checkpoint))
+            load_whole_optimizer(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
@@ -334,15 +381,15 @@ class DistillTrainer(Trainer):
         self.clock.load_state_dict(state["clock"])
         if "objective" in state:
             self.objective.load_state_dict(state["objective"])
+        if self.adaptive_share is not None and "adaptive_share" in state:
+            self.adaptive_share.load_state_dict(state["adaptive_share"])
+        responses = Path(checkpoint) / self._responses_file
+        if self.on_policy is not None and responses.is_file():
+            self.on_policy.load_state_dict(torch.load(responses, weights_only=True))
 
-    def _load_whole_optimizer(self, checkpoint: Path) -> None:
-        """What sharded processes have gathered, by the names of the parameters."""
-        options = StateDictOptions(full_state_dict=True)
-        state = torch.load(checkpoint / WHOLE_OPTIMIZER, map_location="cpu", weights_only=True)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        set_optimizer_state_dict(self.model, optimizer, state, options=options)
-        scheduler = torch.load(checkpoint / "scheduler.pt", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+    @property
+    def _responses_file(self) -> str:
+        return f"responses_{self.args.process_index}.pt"
 
     # --- stopping in time ---------------------------------------------------------------------
 
@@ -371,38 +418,6 @@ class DistillTrainer(Trainer):
     def _last_good(self) -> str:
         path = newest_complete(self.args.output_dir)
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-
-
-class _Bookkeeping(TrainerCallback):
-    """Calls of the training loop that are not methods of the Trainer."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
-        self.since = 0.0
-
-    def on_train_begin(self, *args: Any, **options: Any) -> None:
-        self.since = time.perf_counter()
-
-    def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
-        # Data-parallel wrappers average the gradients of the model, not those of the objective.
-        for parameter in self.trainer.objective_parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.trainer.accelerator.reduce(parameter.grad, "mean")
-
-    def on_step_end(self, *args: Any, **options: Any) -> None:
-        # The loop zeroes the gradients of the model only.
-        for parameter in self.trainer.objective_parameters():
-            parameter.grad = None
-        now = time.perf_counter()
-        self.trainer.clock.add("total", now - self.since)
-        self.trainer._finish_step(now - self.since)
-        self.since = now
-
-    def on_evaluate(self, *args: Any, **options: Any) -> None:
-        self.since = time.perf_counter()
-
-    def on_save(self, *args: Any, **options: Any) -> None:
-        self.since = time.perf_counter()
 
 
 def _summary(prediction: Any) -> dict[str, float]:

@@ -267,6 +267,25 @@ def test_it_trains_a_language_model(tmp_path, assert_learns):
     network.load_state_dict(state["objective"]["dac"])
 
 
+def test_it_revises_what_the_student_says_while_it_trains(distilled, monkeypatch):
+    import stillhouse.methods.language.mgsr as module
+    from stillhouse.methods import language
+
+    calls = []
+
+    def counted(student, teacher, responses, **options):
+        calls.append(options)
+        return language.revise(student, teacher, responses, **options)
+
+    monkeypatch.setattr(module, "revise", counted)
+    options = dict(on_policy=1.0, max_new_tokens=4, prompt_tokens=8, response_top_k=50)
+    report = distilled("mgsr", method_options="features=64", **options)
+    assert report.curves["loss"]["series"]["mgsr"][1][-1] > 0
+    assert len(calls) == 6
+    wanted = dict(rounds=1, score="kl", top_k=50, temperature=1.0, max_new_tokens=4)
+    assert wanted.items() <= calls[0].items()
+
+
 # The recipe ---------------------------------------------------------------------------------------
 
 

@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 
 from stillhouse import ops
 from stillhouse.methods.language.phrases import Spans, phrase_spans, token_spans
-from stillhouse.methods.language.revision import revise
+from stillhouse.methods.language.revision import Score, revise
 from stillhouse.methods.language.teacher_window import DACKL, clipped_kl
-from stillhouse.train import LogitRows, reduce, row_means
+from stillhouse.train import LogitRows, Responses, reduce, row_means
 
 __all__ = ["DACKL", "MGSRLoss", "clipped_kl", "phrase_spans", "revise", "span_correlation"]
 
@@ -106,8 +106,8 @@ class MGSRLoss:
     weights: of the three. window: None, and `DACKL(features, hidden)` learns one for each row, in
     the student's optimiser; or a fixed (lower, upper). The third part takes its phrases from the
     targets' text: `tokenizer`, which `stillhouse distill` sets (`use_tokenizer`), gives each
-    token's own, and `chunker` the spans of what they make up. Responses are revised before that,
-    where they are drawn: see `revise`.
+    token's own, and `chunker` the spans of what they make up. Responses that the student draws
+    while it trains (`train.OnPolicy`) are revised first, in `rounds` by `score`.
     The call returns `loss`, and without a gradient its parts `sft`, `dac` and `span`, the means of
     `lower` and `upper`, and on at most 16 evenly spaced rows the statistics of student against
     teacher. The whole logits of the batch exist.
@@ -139,8 +139,12 @@ class MGSRLoss:
         softness: float = 0.05,
         tokenizer: Any = None,
         chunker: Callable[[str], Spans] = phrase_spans,
+        rounds: int = 1,
+        score: Score = "kl",
         seed: int = 0,
     ):
+        if rounds < 0:
+            raise ValueError(f"rounds must be at least 0, got {rounds}")
         if len(weights) != 3 or not all(0 <= each < float("inf") for each in weights):
             raise ValueError(f"weights must be three numbers >= 0, got {weights}")
         if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= 1):
@@ -148,6 +152,7 @@ class MGSRLoss:
         self.weights, self.fixed, self.softness = weights, window, softness
         self.dac = None if window else DACKL(features, hidden, softness=softness, seed=seed)
         self.chunker, self._texts = chunker, {}
+        self.rounds, self.score = rounds, score
         self.use_tokenizer(tokenizer)
 
     def use_tokenizer(self, tokenizer: Any) -> None:
@@ -191,6 +196,13 @@ class MGSRLoss:
             "upper": reduce(window[1].detach()),
             **row_means(stats),
         }
+
+    def revise(
+        self, student: Any, teacher: Any, responses: Responses, **sampling: Any
+    ) -> Responses:
+        """What a trainer makes of the student's responses: `revise`, in `rounds` by `score`."""
+        options = dict(score=self.score, rounds=self.rounds)
+        return revise(student, teacher, responses, **options, **sampling)
 
     def spans(self, rows: LogitRows) -> Spans:
         """The phrases of the rows' targets, in rows: none goes over what no row predicts."""
