@@ -27,7 +27,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup distill distill-cached test simt-mutants ptxas bench claims wheel lint format clean FORCE
+.PHONY: help setup distill distill-cached test simt-mutants ptxas bench claims docs wheel lint format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,11 @@ bench: setup $(STAMPS)/peers  ## measure against plain torch, torch.compile and 
 claims: setup  ## run every method's claim and rewrite docs/claims.md
 	$(call say,running every claim)
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse run --all $(ARGS)
+	$(PY) tools/methods_pages.py
+
+docs: setup  ## rewrite the pages of docs/ that are made of docstrings and of the table of kinds
+	$(PY) tools/divergences_page.py
+	$(PY) tools/methods_pages.py
 
 wheel: $(STAMPS)/wheel-tools $(STAMPS)/torch  ## an sdist and a wheel in dist/, audited; prints the wheel's tag
 	$(PY) tools/build_wheel.py $(ARGS)

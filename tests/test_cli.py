@@ -44,10 +44,10 @@ def test_run_hands_on(monkeypatch):
 
     seen = []
     monkeypatch.setattr(runner, "run", lambda id, seeds: seen.append((id, seeds)))
-    monkeypatch.setattr(runner, "claims", lambda seeds: seen.append(("all", seeds)))
+    monkeypatch.setattr(runner, "claims", lambda seeds, **options: seen.append((options, seeds)))
     assert call(monkeypatch, "run", "taid", "--seeds", "2") == 0
-    assert call(monkeypatch, "run", "--all") == 0
-    assert seen == [("taid", 2), ("all", 3)]
+    assert call(monkeypatch, "run", "--all", "--start-with", "mgsr") == 0
+    assert seen == [("taid", 2), ({"start_with": "mgsr"}, None)]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_run_hands_on(monkeypatch):
         (["methods", "telepathy"], 1, "no method 'telepathy'"),
         (["run"], 2, "name one method, or pass --all"),
         (["run", "taid", "--all"], 2, "name one method, or pass --all"),
+        (["run", "taid", "--start-with", "mgsr"], 2, "--start-with is of --all"),
+        (["methods", "--domain", "telepathy"], 1, "no domain 'telepathy'"),
         (["run", "taid", "--seeds", "x"], 2, "--seeds"),
         (["distill", "--data", "a"], 2, "--student is missing"),
         (["distill", "stray", "--data", "a", "--student", "b"], 2, "unknown argument stray"),

@@ -73,17 +73,23 @@ def capture(
 
 
 @app.command(help="List the methods, or show one: equation, defaults, example.")
-def methods(id: str | None = typer.Argument(None, help="a method, such as taid")) -> None:
+def methods(
+    id: str | None = typer.Argument(None, help="a method, such as taid"),
+    domain: str | None = typer.Option(None, help="list those of one domain, such as language"),
+) -> None:
     from stillhouse.recipes import runner
 
-    raise typer.Exit(exit_code(lambda: runner.show(id)))
+    raise typer.Exit(exit_code(lambda: runner.show(id, domain)))
 
 
 @app.command(help="Measure what a method claims, on real data; leaves report.json and plots.")
 def run(
     id: str | None = typer.Argument(None, help="a method, such as taid"),
-    seeds: int = typer.Option(3, help="seeds 0 to this number minus 1"),
+    seeds: int | None = typer.Option(
+        None, help="seeds 0 to this number minus 1; else up to three, as fit into two minutes"
+    ),
     everything: bool = typer.Option(False, "--all", help="every method; rewrites docs/claims.md"),
+    start_with: str | None = typer.Option(None, help="with --all: begin at this method"),
     debug: bool = typer.Option(False, help="show the traceback of an error"),
 ) -> None:
     from stillhouse.recipes import runner
@@ -91,8 +97,10 @@ def run(
     def action() -> None:
         if everything == (id is not None):
             raise UsageError("name one method, or pass --all: stillhouse methods lists them")
+        if start_with is not None and not everything:
+            raise UsageError("--start-with is of --all")
         if everything:
-            runner.claims(seeds)
+            runner.claims(seeds, start_with=start_with)
         else:
             runner.run(id, seeds)
 

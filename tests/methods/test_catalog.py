@@ -57,6 +57,13 @@ def test_show_lists_the_catalog(capsys):
         assert method.title in printed
 
 
+def test_show_lists_a_domain(capsys):
+    runner.show(domain="language")
+    assert "taid" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no domain 'langage': expected one of language"):
+        runner.show(domain="langage")
+
+
 @each_method
 def test_show_prints_one_method(method, capsys):
     runner.show(method.id)
