@@ -101,8 +101,8 @@ if step test; then
   say "testing"
   WORKERS=()
   "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS=(-n 8)
-  OMP_NUM_THREADS=2 "$PYTHON" -m pytest tests/ops --device cuda -q --maxfail 50 -p no:cacheprovider \
-    --durations 5 "${WORKERS[@]}" -k "$ON_GPU"
+  OMP_NUM_THREADS=2 "$PYTHON" -m pytest tests/ops tests/methods --device cuda -q --maxfail 50 \
+    -p no:cacheprovider --durations 5 "${WORKERS[@]}" -k "$ON_GPU"
 fi
 if step sanitize && command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck; do

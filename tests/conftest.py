@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 def pytest_addoption(parser):
-    words = "cuda: the tests of the ops on a GPU, too"
+    words = "cuda: the ops, the losses of methods and the trainer on a GPU, too"
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help=words)
 
 
@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cuda"], ids=lambda name: f"device-{name}")
+def gpu(request):
+    """The device of tests that compare a GPU with the CPU; left out without --device cuda."""
+    return torch.device(request.param)
 
 
 @cache
