@@ -67,7 +67,8 @@ def command(world, name, launcher, batch_size, **changes):
         "save_steps": 3,
         "use_cpu": "true",
     }
-    words = [str(word) for flag in (flags | changes).items() for word in ("--" + flag[0], flag[1])]
+    flags = {flag: value for flag, value in (flags | changes).items() if value is not None}
+    words = [str(word) for flag in flags.items() for word in ("--" + flag[0], flag[1])]
     return [sys.executable, "-m", *launcher, "distill", *words]
 
 
@@ -126,6 +127,18 @@ def test_two_processes_equal_one(world, one, name):
         assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-4)
 
 
+def test_two_processes_respond_as_one_does(world):
+    """The student's likeliest responses, to each process's own prompts."""
+    words = dict(on_policy=1.0, response_temperature=0.0, max_new_tokens=6, max_steps=3)
+    words |= dict(method="forward_kl", method_options=None, save_strategy="no")
+    one = run(world, "alone", ["stillhouse"], 4, **words)
+    two = run(world, "together", LAUNCHERS["DDP by torchrun"], 2, **words)
+    assert two["processes"] == 2
+    series = [each["curves"]["loss"]["series"]["forward_kl"][1] for each in (one, two)]
+    assert len(series[0]) == 3
+    assert series[1] == pytest.approx(series[0], rel=1e-4)
+
+
 def half_done(world, name):
     """A copy of a run that was stopped after three of its six steps, which says so: the losses of
     these are other numbers in its log."""
@@ -174,6 +187,10 @@ def test_what_sharded_processes_cannot_do(world, one, tmp_path):
     result = start(world, name, LAUNCHERS["FSDP2"], 2, resume="true")
     assert result.returncode != 0
     assert "was not written by sharded processes" in result.stderr
+    words = dict(on_policy=0.5, max_new_tokens=4)
+    result = start(world, "responses", LAUNCHERS["FSDP2"], 2, **words)
+    assert result.returncode != 0
+    assert "a sharded student cannot respond while it trains: use DDP" in result.stderr
     result = start(world, "adapters", LAUNCHERS["FSDP2"], 2, lora_rank=2)
     assert result.returncode != 0
     assert "shards of adapters are not merged" in result.stderr
