@@ -36,10 +36,17 @@ def test_docstrings_have_what_the_command_prints(method):
 
 @each_method
 def test_examples_run(method):
+    """Where each public name is defined: the method's module may only hand it on."""
     module = method.load()
-    outcome = doctest.testmod(module)
-    assert outcome.failed == 0
-    assert outcome.attempted >= len(method.names)
+    defined_in = {inspect.getmodule(getattr(module, name)) for name in method.names}
+    for each in {module, *defined_in}:
+        assert doctest.testmod(each).failed == 0, each.__name__
+    finder, known = doctest.DocTestFinder(), set()
+    for each in defined_in:
+        known |= {test.name for test in finder.find(each, each.__name__) if test.examples}
+    for name in method.names:
+        item = getattr(module, name)
+        assert f"{item.__module__}.{item.__qualname__}" in known, name
 
 
 @each_method

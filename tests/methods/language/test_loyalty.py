@@ -1,6 +1,5 @@
 """Loyalty by hand and against SciPy."""
 
-import doctest
 import math
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from stillhouse.methods.language import (
     label_loyalty,
-    loyalty,
     probability_loyalty,
     regression_loyalty,
 )
@@ -79,9 +77,3 @@ def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
     assert probability_loyalty(STUDENT, TEACHER * 1.0009) > 0.8  # rounding is no error
-
-
-def test_examples_run():
-    outcome = doctest.testmod(loyalty)
-    assert outcome.failed == 0
-    assert outcome.attempted >= 8

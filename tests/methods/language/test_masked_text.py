@@ -1,12 +1,11 @@
 """Masking by rarity, and embeddings for another tokenizer."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-from stillhouse.methods.language import masked_text, rare_word_masking, retokenize_embeddings
+from stillhouse.methods.language import rare_word_masking, retokenize_embeddings
 
 MASK, SPECIAL, VOCABULARY = 3, (0, 1, 2), 60
 COUNTS = torch.cat([torch.zeros(4), 10.0 ** torch.linspace(0, 4, 56)])
@@ -147,9 +146,3 @@ def test_new_rows_are_means_of_old_ones(tied):
 def test_a_model_without_embeddings():
     with pytest.raises(ValueError, match="Linear has no input embeddings"):
         retokenize_embeddings(torch.nn.Linear(2, 2), None, None)
-
-
-def test_examples_run():
-    outcome = doctest.testmod(masked_text)
-    assert outcome.failed == 0
-    assert outcome.attempted >= 5

@@ -1,8 +1,6 @@
 """The correction of responses, and phrases."""
 
-import doctest
 import functools
-import importlib
 
 import pytest
 import torch
@@ -235,10 +233,3 @@ def test_tokens_of_phrases():
     assert token_spans(["a", "b", "", "c"], lambda text: [(0, 3)]) == [(0, 4)]
     assert token_spans(["old", " kiln", ".", "new"]) == [(0, 2), (3, 4)]
     assert token_spans([]) == []
-
-
-@pytest.mark.parametrize("name", ["hacking_trace", "phrases", "revision", "teacher_window"])
-def test_examples_run(name):
-    outcome = doctest.testmod(importlib.import_module(f"stillhouse.methods.language.{name}"))
-    assert outcome.failed == 0
-    assert outcome.attempted > 0
