@@ -25,168 +25,18 @@ vocabulary.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillhouse import ops
+from stillhouse.methods.language.sinkhorn_batch import sinkhorn_kd
+from stillhouse.methods.language.sinkhorn_groups import rows_in_groups
+from stillhouse.methods.language.sinkhorn_tokens import embedded_sinkhorn_kd, sample_sinkhorn_kd
 from stillhouse.train import DivergenceObjective, LogitRows, ramp
 
-Cost = str | Callable[[Tensor, Tensor], Tensor]
-
-
-def sinkhorn_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 2.0,
-    epsilon: float = 0.1,
-    iterations: int = 20,
-    cost: Cost = "l1",
-    debias: bool = False,
-    normalize: str | None = None,
-    gradient: str = "unrolled",
-) -> Tensor:
-    """sum_ij P_ij D_ij between the rows of a batch: the batch-wise form, which the paper ends with.
-
-    student_logits, teacher_logits: [b, C], or [G, b, C] for G batches, whose mean is taken; any
-    float dtype. cost: "l1" or "l2" distance of probabilities, or a function of S [G, b, C] and U
-    that gives [G, b, b]. debias: less half of the same between S and S, and U and U: 0 for S = U.
-    normalize: "mass" divides by b, with which the value grows. gradient as in `ops.sinkhorn`.
-    Returns a float32 scalar (float64 for float64 logits). Raises ValueError for shapes that do not
-    match, an unknown cost or normalize, and a teacher that requires a gradient. Warns of a single
-    row, where the plan has no choice and the loss is the plain distance.
-
-    Defaults: temperature 2, epsilon 0.1, 20 iterations, L1 (paper and code).
-
-    Example:
-        >>> import torch
-        >>> from stillhouse.methods.language import sinkhorn_kd
-        >>> student = torch.zeros(2, 3, requires_grad=True)
-        >>> loss = sinkhorn_kd(student, torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
-        >>> loss.backward()
-        >>> round(loss.item(), 4)
-        1.8146
-    """
-    _check(student_logits, teacher_logits, same_classes=True)
-    if normalize not in (None, "mass"):
-        raise ValueError(f"normalize must be None or 'mass', got {normalize!r}")
-    if not (callable(cost) or cost in ("l1", "l2")):
-        raise ValueError(f"cost must be 'l1', 'l2' or a function, got {cost!r}")
-    rows = student_logits.shape[-2]
-    if rows == 1:
-        warnings.warn("a batch of one row: its plan has no choice", stacklevel=2)
-    student, teacher = (
-        _probabilities(x if x.dim() == 3 else x[None], temperature)
-        for x in (student_logits, teacher_logits)
-    )
-
-    def value(x: Tensor, y: Tensor) -> Tensor:
-        distance = cost(x, y) if callable(cost) else _DISTANCES[cost](x, y)
-        options = dict(iterations=iterations, gradient=gradient, return_plan=False)
-        return ops.sinkhorn(distance, epsilon, **options).value.mean()
-
-    loss = value(student, teacher)
-    if debias:
-        loss = loss - 0.5 * (value(student, student) + value(teacher, teacher))
-    return loss / rows if normalize == "mass" else loss
-
-
-def sample_sinkhorn_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 2.0,
-    epsilon: float = 0.1,
-    iterations: int = 20,
-    gradient: str = "unrolled",
-) -> Tensor:
-    """The sample-wise form that came before: within each row, the probabilities themselves are the
-    points, and moving class k's to class l's costs |s_k - u_l|. Mean over rows.
-
-    student_logits [..., C], teacher_logits [..., C'] of the same rows. The vocabularies may differ:
-    the shorter one is continued by probabilities of 0, and with epsilon -> 0 this is the divergence
-    `ops.ULD` of sorted rows. No [C, C'] costs are stored. Returns a scalar as `sinkhorn_kd` does.
-    Raises ValueError for other rows and a teacher that requires a gradient.
-
-    Defaults: as `sinkhorn_kd`; the authors' code has no such form (our reading of the paper).
-
-    Example:
-        >>> import torch
-        >>> from stillhouse.methods.language import sample_sinkhorn_kd
-        >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 0.0, 0.0, 0.0]])
-        >>> round(sample_sinkhorn_kd(student, teacher, epsilon=0.001).item(), 3)
-        1.0
-    """
-    _check(student_logits, teacher_logits, same_classes=False)
-    student = _probabilities(student_logits, temperature).flatten(0, -2)
-    teacher = _probabilities(teacher_logits, temperature).flatten(0, -2)
-    classes = max(student.shape[-1], teacher.shape[-1])
-    points = [
-        torch.nn.functional.pad(x, (0, classes - x.shape[-1]))[..., None]
-        for x in (student, teacher)
-    ]
-    options = dict(cost="l1", iterations=iterations, gradient=gradient)
-    return ops.sinkhorn_points(*points, epsilon, **options).value.mean()
-
-
-def embedded_sinkhorn_kd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_embeddings: Tensor,
-    teacher_embeddings: Tensor,
-    *,
-    top: int = 32,
-    temperature: float = 1.0,
-    epsilon: float = 0.1,
-    iterations: int = 50,
-) -> tuple[Tensor, Tensor]:
-    """Transport between what two vocabularies say, row by row, along the distances of tokens.
-
-    student_logits [..., V], teacher_logits [..., V'], embeddings [V, d] and [V', d] of the two
-    vocabularies in one space (of the detokenised strings, say; no gradient flows to them). Of each
-    row the `top` most probable tokens of either side are kept and scaled to mass 1: marginals of a
-    transport problem whose costs are 1 - cosine of the embeddings. The gradient goes to the
-    student's probabilities as marginals, by the fixed point.
-    Returns the mean value and the mean mass that the student's side leaves out, both scalars.
-    Raises ValueError for shapes that do not match.
-
-    Defaults: ours; the paper keeps to one vocabulary.
-
-    Example:
-        >>> import torch
-        >>> from stillhouse.methods.language import embedded_sinkhorn_kd
-        >>> tokens = torch.eye(4)
-        >>> student = torch.zeros(1, 4, requires_grad=True)
-        >>> teacher = torch.tensor([[5.0, 0.0, 0.0]])
-        >>> loss, left_out = embedded_sinkhorn_kd(student, teacher, tokens, tokens[:3])
-        >>> loss.backward()
-        >>> bool(student.grad[0, 0] < 0 < student.grad[0, 3])
-        True
-    """
-    _check(student_logits, teacher_logits, same_classes=False)
-    sides = []
-    for logits, embeddings in (
-        (student_logits, student_embeddings),
-        (teacher_logits, teacher_embeddings),
-    ):
-        if embeddings.dim() != 2 or embeddings.shape[0] != logits.shape[-1]:
-            raise ValueError(
-                f"embeddings must be [{logits.shape[-1]}, d], a row a column of the logits, got "
-                f"{tuple(embeddings.shape)}"
-            )
-        p = _probabilities(logits.flatten(0, -2), temperature)
-        mass, ids = p.topk(min(top, p.shape[-1]), -1)
-        total = mass.sum(-1, keepdim=True)
-        unit = torch.nn.functional.normalize(embeddings.detach().to(mass.dtype), dim=-1)
-        sides.append((mass / total, unit[ids], 1 - total))
-    (a, x, left_out), (b, y, _) = sides
-    distance = (1 - x @ y.mT).clamp(min=0)
-    options = dict(a=a, b=b, iterations=iterations, gradient="implicit", return_plan=False)
-    return ops.sinkhorn(distance, epsilon, **options).value.mean(), left_out.mean().detach()
+__all__ = ["SinKDLoss", "embedded_sinkhorn_kd", "sample_sinkhorn_kd", "sinkhorn_kd"]
 
 
 class SinKDLoss(DivergenceObjective):
@@ -250,10 +100,9 @@ class SinKDLoss(DivergenceObjective):
         super().__init__("soft_cross_entropy", temperature=moving, label_weight=1 - alpha)
         self.sparse_tails, self.takes_draws = (), False  # distances are of whole rows
         self.beta, self.anneal = beta, anneal
-        self.rows, self.group, self.top = rows, group, top
-        self.options = dict(
-            temperature=temperature, epsilon=epsilon, iterations=iterations, debias=debias
-        )
+        self.sampling = dict(rows=rows, group=group, top=top, temperature=temperature)
+        # The rows are log-probabilities at `temperature` already.
+        self.options = dict(temperature=1.0, epsilon=epsilon, iterations=iterations, debias=debias)
 
     def __call__(
         self, student: LogitRows, teacher: LogitRows, batch: Mapping[str, Any]
@@ -262,7 +111,10 @@ class SinKDLoss(DivergenceObjective):
             found = type(teacher).__name__
             raise ValueError(f"SinKD compares whole rows: it needs a teacher's logits, got {found}")
         # First: the loss may write its gradient over logits that the rows were given.
-        term, dropped = self._sinkhorn(student, teacher, batch.get("vocab_size"))
+        groups = rows_in_groups(student, teacher, batch.get("vocab_size"), **self.sampling)
+        term = groups.student.sum()  # of no group: a 0 with a gradient
+        if len(groups.student):
+            term = sinkhorn_kd(groups.student, groups.teacher, **self.options)
         parts = super().__call__(student, teacher, batch)
         weight = self.beta * self.FACTOR
         if batch.get("denominator") is not None:
@@ -271,29 +123,8 @@ class SinKDLoss(DivergenceObjective):
         return parts | {
             "loss": parts["loss"] + weight * term,
             "sinkhorn": term.detach(),
-            "dropped": dropped,
+            "dropped": groups.dropped,
         }
-
-    def _sinkhorn(
-        self, student: LogitRows, teacher: LogitRows, columns: int | None
-    ) -> tuple[Tensor, Tensor]:
-        every = -(-len(student) // self.rows) or 1
-        sampled = slice(None, None, every)
-        # Copies: the two terms of the loss must not share what one of them writes over.
-        own = student.part(sampled).logits[:, :columns].clone()
-        with torch.no_grad():
-            other = teacher.part(sampled).logits[:, :columns]
-            p = torch.softmax(other.float() / self.options["temperature"], -1)
-            ids = p.topk(min(self.top, p.shape[-1]), -1).indices.unique()
-            dropped = (1 - p[:, ids].sum(-1)).mean() if len(p) else p.sum()
-        groups = len(own) // self.group
-        if groups == 0:
-            return own.sum() * 0.0, dropped
-        kept = groups * self.group
-        # With all others as one more column rows stay distributions.
-        pair = [_projected(x[:kept], ids, self.options["temperature"]) for x in (own, other)]
-        pair = [x.view(groups, self.group, -1) for x in pair]
-        return sinkhorn_kd(*pair, **(self.options | {"temperature": 1.0})), dropped
 
     def update(self, stats: Mapping[str, float], step: int, total_steps: int) -> None:
         """Move the temperature after optimiser step `step` of `total_steps`, if it is annealed."""
@@ -306,30 +137,3 @@ class SinKDLoss(DivergenceObjective):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.temperature.fill_(state["kd_temperature"])
-
-
-def _projected(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [N, k + 1] at these columns, and of all others together."""
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
-    known = log_p[:, ids]
-    rest = (1 - known.exp().sum(-1, keepdim=True)).clamp(min=1e-30).log()
-    return torch.cat([known, rest], -1)
-
-
-def _check(student: Tensor, teacher: Tensor, *, same_classes: bool) -> None:
-    if teacher.requires_grad:
-        raise ValueError("no gradient flows to the teacher: detach its logits")
-    rows = student.shape[:-1] == teacher.shape[:-1] and student.dim() >= 2
-    if not rows or (same_classes and student.shape != teacher.shape):
-        raise ValueError(
-            f"student and teacher must have the same rows{' and classes' * same_classes}, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-
-
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.softmax(wide / temperature, -1)
-
-
-_DISTANCES = {"l1": ops.pairwise_l1, "l2": torch.cdist}
