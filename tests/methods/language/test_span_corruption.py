@@ -1,6 +1,5 @@
 """CodeGen2's transforms: nothing is lost, as much is hidden as was asked for, and where."""
 
-import doctest
 import itertools
 
 import numpy as np
@@ -15,7 +14,6 @@ from stillhouse.methods.language import (
     Sentinels,
     SpanCorruption,
     restore,
-    span_corruption,
 )
 from stillhouse.train.examples import Example, collate, pack
 
@@ -264,9 +262,3 @@ def test_what_no_transform_has_made(ids, message):
     ids = np.asarray(ids, dtype=np.int32)
     with pytest.raises(ValueError, match=message):
         restore(Example(ids, ids > 0), WORDS)
-
-
-def test_examples_run():
-    outcome = doctest.testmod(span_corruption)
-    assert outcome.failed == 0
-    assert outcome.attempted >= 20
