@@ -29,64 +29,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.methods.language.hacking_trace import Trace, detect
+from stillhouse.methods.language.sequence_distance import (
+    kl_sums,
+    same_vocabulary,
+    sequence_kl,
+    stderr,
+)
 from stillhouse.progress import Progress
-from stillhouse.train import Responses, ResponseSource, rollout, supervised_rows
-from stillhouse.train.forward import evaluating, frozen, row_forward
-from stillhouse.train.objective import row_divergence, row_loss
+from stillhouse.train import ResponseSource, rollout, supervised_rows
+from stillhouse.train.forward import frozen, row_forward
+from stillhouse.train.objective import row_loss
 from stillhouse.train.responses import Tokens, tokens
 
 __all__ = ["HackingStudy", "Trace", "detect", "sequence_kl"]
 
 SOURCES = ("offline_teacher", "online_teacher", "online_student")
-CHUNK = 64  # responses measured at a time
-
-
-def sequence_kl(
-    model: Any,
-    reference: Any,
-    prompts: Sequence[Tokens],
-    *,
-    responses: Responses | None = None,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """d(reference || model) of whole responses, in nats: (per_sequence, per_token, stderr).
-
-    The responses are drawn from the reference (temperature 1), and at each of their tokens the KL
-    is exact, not a difference of two log-probabilities. model, reference: as in `train.rollout`,
-    of one vocabulary. responses: what was drawn from the reference before, instead of the prompts.
-    per_sequence is the mean over responses of the sum over their tokens and stderr its standard
-    error (NaN for one response), per_token the sum over all tokens divided by their number: compare
-    that one where lengths differ.
-    Raises ValueError for no prompts, no max_new_tokens, responses without a token, and models with
-    unlike vocabularies.
-
-    Defaults: temperature 1 (the paper).
-
-    Example:
-        >>> import torch
-        >>> from stillhouse.methods.language import sequence_kl
-        >>> def uniform(ids):
-        ...     return torch.zeros(*ids.shape, 2)
-        >>> def biased(ids):
-        ...     return torch.tensor([3.0, 1.0]).log().expand(*ids.shape, 2)
-        >>> each, token, _ = sequence_kl(biased, uniform, [[0]], max_new_tokens=3)
-        >>> round(token, 4), round(each, 4)  # ln(2 / sqrt(3)) a token
-        (0.1438, 0.4315)
-    """
-    if responses is None:
-        if max_new_tokens is None:
-            raise ValueError("sequence_kl draws responses: it needs max_new_tokens=")
-        _compare(model, reference, prompts)
-        responses = rollout(reference, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    sums = _sums(model, reference, responses)
-    count = int(responses.mask.sum())
-    if count == 0:
-        raise ValueError("the responses have no token to measure")
-    return sums.mean().item(), sums.sum().item() / count, _stderr(sums)
 
 
 class HackingStudy:
@@ -146,7 +106,7 @@ class HackingStudy:
         if again:
             warnings.warn(f"{again} tuning prompts are also prompts of the study", stacklevel=2)
         for model in (teacher, student):
-            _compare(model, oracle, self.validation)
+            same_vocabulary(model, oracle, self.validation)
         options = dict(max_new_tokens=max_new_tokens, seed=seed)
         self._true = rollout(oracle, self.validation, **options)
         self._taught = rollout(teacher, self.validation, **options)
@@ -209,7 +169,7 @@ class HackingStudy:
                 optimizer.step()
                 losses.append(loss.detach())
             if step in wanted:
-                golden.append(_sums(student, self.oracle, self._true))
+                golden.append(kl_sums(student, self.oracle, self._true))
                 trace.steps.append(step)
                 trace.loss.append(torch.stack(losses).mean().item() if losses else math.nan)
                 trace.golden.append(golden[-1].sum().item() / int(self._true.mask.sum()))
@@ -219,29 +179,5 @@ class HackingStudy:
             progress(name, step, steps)
         lowest = min(range(len(golden)), key=trace.golden.__getitem__)
         length = int(self._true.mask.sum()) / len(self._true)
-        trace.rise_stderr = _stderr(golden[-1] - golden[lowest]) / length
+        trace.rise_stderr = stderr(golden[-1] - golden[lowest]) / length
         return trace
-
-
-@torch.no_grad()
-def _sums(model: Any, reference: Any, responses: Responses) -> Tensor:
-    """KL(reference || model) summed over each response, float64 [B]."""
-    rows, other, sums = row_forward(model), row_forward(reference), []
-    with evaluating(model), frozen(reference):
-        for start in range(0, len(responses), CHUNK):
-            batch = responses.part(slice(start, start + CHUNK)).batch()
-            index = supervised_rows(batch["labels"])
-            kl = row_divergence(rows(batch, index), other(batch, index), "forward_kl").double()
-            sums.append(kl.new_zeros(len(batch["labels"])).index_add(0, index.sequence, kl))
-    return torch.cat(sums)
-
-
-def _compare(model: Any, reference: Any, prompts: Sequence[Tokens]) -> None:
-    """Raise ValueError for unlike vocabularies: a token of one may be no row of the other."""
-    first = tokens(prompts)[:1]
-    if first:
-        _sums(model, reference, Responses.of(first, [each[-1:] for each in first]))
-
-
-def _stderr(values: Tensor) -> float:
-    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
