@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from stillhouse import ops
-from stillhouse.methods.language import DACKL, MGSRLoss, clipped_kl, mgsr, span_correlation
+from stillhouse.methods.language import (
+    DACKL,
+    MGSRLoss,
+    clipped_kl,
+    span_correlation,
+    span_products,
+)
 from stillhouse.recipes.language import mgsr as recipe
 from stillhouse.report import Report
 from stillhouse.train import LogitRows, RowIndex, supervised_rows
@@ -73,13 +79,13 @@ def test_spans_add_up_and_a_border_takes_one_pair(sequence):
 def test_products_are_made_again_for_the_gradient(monkeypatch):
     """In chunks: three of them, twice."""
     student, teacher = torch.randn(2, 150, 5, dtype=DOUBLE, generator=torch.Generator())
-    calls, squares = [], mgsr._squares
+    calls, squares = [], span_products._squares
 
     def counted(*args):
         calls.append(len(args[2]))
         return squares(*args)
 
-    monkeypatch.setattr(mgsr, "_squares", counted)
+    monkeypatch.setattr(span_products, "_squares", counted)
     loss = span_correlation(student.requires_grad_(), teacher, [(0, 150)])
     assert calls == [64, 64, 21]
     expected = sum(pair_by_hand(student, teacher, i) for i in range(149)) / 149
