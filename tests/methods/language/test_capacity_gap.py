@@ -1,8 +1,6 @@
 """The law of capacity gap: importances against finite differences and by construction, the loss,
 the sweep, and optima and lines with known answers."""
 
-import doctest
-import importlib
 import json
 import math
 
@@ -30,14 +28,6 @@ def test_component_sparsity():
     for p in (1, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"is in \[0, 1\)"):
             component_sparsity(p)
-
-
-def test_the_examples_of_its_files():
-    for name in ("capacity_law", "mask_importance"):
-        part = importlib.import_module(f"stillhouse.methods.language.{name}")
-        outcome = doctest.testmod(part)
-        assert outcome.failed == 0
-        assert outcome.attempted > 0
 
 
 def test_the_shape_of_the_published_student():
