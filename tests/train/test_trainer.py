@@ -9,7 +9,7 @@ from stillhouse.methods.language.taid import TAIDLoss
 from stillhouse.train import DistillTrainer, DivergenceObjective
 from stillhouse.train.examples import ExampleSet, collate
 from stillhouse.train.metrics import summarize
-from stillhouse.train.trainer import NonFiniteLoss
+from stillhouse.train.resumable import NonFiniteLoss
 
 
 def train(model, training, examples, objective="forward_kl", **options):

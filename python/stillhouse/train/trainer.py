@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stillhouse.train.bookkeeping import Bookkeeping
-from stillhouse.train.checkpoints import (
-    STATE_FILE,
-    WHOLE_WEIGHTS,
-    is_whole,
-    load_whole_optimizer,
-    mark_complete,
-    newest_complete,
-    prune,
-)
 from stillhouse.train.clock import Clock
 from stillhouse.train.examples import collate
 from stillhouse.train.forward import FrozenTeacher, RowForward
@@ -33,15 +21,12 @@ from stillhouse.train.metrics import sequence_sums, summarize
 from stillhouse.train.objective import LogitRows, Objective
 from stillhouse.train.on_policy import AdaptiveShare, OnPolicy
 from stillhouse.train.progress import TrainingProgress
+from stillhouse.train.resumable import ResumableTrainer
 from stillhouse.train.rows import RowIndex, supervised_rows
 from stillhouse.train.statistics import StepStatistics
 
 
-class NonFiniteLoss(ValueError):
-    """Training ran into NaN or infinity; the message names the step and the batch."""
-
-
-class DistillTrainer(Trainer):
+class DistillTrainer(ResumableTrainer):
     """Trains `model` (any causal LM, a peft one included) to minimise `objective`.
 
     `objective(student, teacher, batch)` sees the supervised rows only, and makes no logits of them
@@ -190,7 +175,7 @@ class DistillTrainer(Trainer):
                 return self.objective(student, teacher, batch)
 
         parts = self.student_rows(model, batch, index, compute)
-        self._require_finite(parts["loss"], batch.get("record"))
+        self.require_finite(parts["loss"], batch.get("record"))
         if "on_policy" in batch:
             parts["on_policy"] = batch["on_policy"]
         self.statistics.add(parts, index.row.numel())
@@ -278,146 +263,23 @@ class DistillTrainer(Trainer):
             parts["responses"] = measured.get("responses", 0.0)
         return {**parts, "rest": total - steps - parts.get("responses", 0.0), "total": total}
 
-    # --- checkpoints --------------------------------------------------------------------------
+    # --- what a resumed run needs -------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Train. `resume_from_checkpoint=True` continues from the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            # The Trainer's own search would take a torn one.
-            resume_from_checkpoint = newest_complete(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self._forget_evaluation()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+    def run_state(self) -> dict[str, Any]:
+        state = {"statistics": self.statistics.state_dict(), "clock": self.clock.seconds()}
+        for name in ("objective", "adaptive_share"):
+            if hasattr(getattr(self, name), "state_dict"):
+                state[name] = getattr(self, name).state_dict()
+        return state
 
-    def _run_epoch(self, *args: Any, **options: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed at its end, the Trainer's loop would take one step too many.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **options)
+    def process_state(self) -> dict[str, Any]:
+        # What is replayed is each process's own.
+        return {} if self.on_policy is None else {"on_policy": self.on_policy.state_dict()}
 
-    def _forget_evaluation(self) -> None:
-        """Undo what an evaluation before the training has prepared.
-
-        It marks the model as prepared without wrapping it, and what is marked is not wrapped again:
-        each process would go on to train a model of its own, without a word.
-        """
-        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if wrapped or not getattr(self.model, "_is_accelerate_prepared", False):
-            return
-        if self.model_wrapped is self.model:
-            self.accelerator.free_memory()
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.require_finite_weights()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # An older run's folder would lend its marker to a half-written new one.
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        # The Trainer deletes old checkpoints before the new one has its marker; prune() after it.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            state = {"statistics": self.statistics.state_dict(), "clock": self.clock.seconds()}
-            if hasattr(self.objective, "state_dict"):
-                state["objective"] = self.objective.state_dict()
-            if self.adaptive_share is not None:
-                state["adaptive_share"] = self.adaptive_share.state_dict()
-            torch.save(state, folder / STATE_FILE)
-        if self.on_policy is not None:
-            # What is replayed is each process's own.
-            torch.save(self.on_policy.state_dict(), folder / self._responses_file)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder)
-            if limit:
-                prune(folder.parent, limit, self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Tests kill the process here: weights are written, the optimiser's state is not.
-        time.sleep(float(os.environ.get("STILLHOUSE_TEST_CHECKPOINT_SLEEP", "0")))
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        whole = Path(checkpoint) / WHOLE_WEIGHTS
-        if self.is_fsdp_enabled and not is_whole(checkpoint):
-            raise ValueError(
-                f"{checkpoint} was not written by sharded processes, which cannot go on with it: "
-                "resume without FSDP, or give the student folder to --student"
-            )
-        if self.is_fsdp_enabled or not whole.is_file():
-            super()._load_from_checkpoint(checkpoint, model)
-            return
-        # Sharded processes have written it; the Trainer would leave it to sharded ones.
-        state = torch.load(whole, map_location="cpu", weights_only=True)
-        (self.model if model is None else model).load_state_dict(state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_fsdp_enabled and is_whole(checkpoint):
-            load_whole_optimizer(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not one of this trainer's")
-        if not (Path(checkpoint) / "scheduler.pt").is_file():
-            raise ValueError(
-                f"{checkpoint} was saved with save_only_model: without the optimiser's state it "
-                "would continue as another run"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.statistics.load_state_dict(state["statistics"])
-        self.clock.load_state_dict(state["clock"])
-        if "objective" in state:
-            self.objective.load_state_dict(state["objective"])
-        if self.adaptive_share is not None and "adaptive_share" in state:
-            self.adaptive_share.load_state_dict(state["adaptive_share"])
-        responses = Path(checkpoint) / self._responses_file
-        if self.on_policy is not None and responses.is_file():
-            self.on_policy.load_state_dict(torch.load(responses, weights_only=True))
-
-    @property
-    def _responses_file(self) -> str:
-        return f"responses_{self.args.process_index}.pt"
-
-    # --- stopping in time ---------------------------------------------------------------------
-
-    def _require_finite(self, loss: Tensor, records: Tensor | None) -> None:
-        if self.model.training and not torch.isfinite(loss):
-            made_of = "" if records is None else f", records {records.tolist()} of the data"
-            raise NonFiniteLoss(
-                f"loss is {loss.item()} in step {self.state.global_step + 1}{made_of}: "
-                f"{self._last_good()}. Usual causes: a learning rate too high, float16 that "
-                "overflows, a broken record"
-            )
-
-    def require_finite_weights(self) -> None:
-        """Raise NonFiniteLoss, on all processes, where a weight of one is NaN or infinite."""
-        named = dict(self.model.named_parameters())
-        own = (getattr(each, "_local_tensor", each).detach() for each in named.values())
-        broken = torch.stack([~torch.isfinite(each).all() for each in own]).float()
-        broken = self.accelerator.reduce(broken, "sum")
-        if broken.any():
-            name = list(named)[int(broken.argmax())]
-            raise NonFiniteLoss(
-                f"{name} has non-finite values after step {self.state.global_step}, nothing "
-                f"was saved: {self._last_good()}. Usual cause: a learning rate too high"
-            )
-
-    def _last_good(self) -> str:
-        path = newest_complete(self.args.output_dir)
-        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+    def load_run_state(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        for name, value in (state | own).items():
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(value)
 
 
 def _summary(prediction: Any) -> dict[str, float]:
