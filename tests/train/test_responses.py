@@ -179,12 +179,97 @@ def test_layout_and_batch():
     assert len(responses.to("cpu")) == 2
 
 
-def test_an_encoder_decoder_is_refused():
+@pytest.fixture(scope="module")
+def t5():
+    """A random T5 that starts with token 0."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
-    with pytest.raises(ValueError, match="is an encoder-decoder"):
-        rollout(T5ForConditionalGeneration(config), [[1]], max_new_tokens=2, seed=0)
+    torch.manual_seed(2)
+    config = T5Config(vocab_size=259, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)
+    config.decoder_start_token_id, config.eos_token_id = 0, 258
+    config.initializer_factor, config.num_beams, config.dropout_rate = 4.0, 3, 0.5
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.fixture(scope="module")
+def bart():
+    """One whose encoder has learned positions."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(2)
+    each = {"layers": 1, "ffn_dim": 32, "attention_heads": 2}
+    sizes = {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in each.items()}
+    config = BartConfig(
+        vocab_size=259, d_model=16, max_position_embeddings=32, dropout=0.5, init_std=1.0, **sizes
+    )
+    config.forced_eos_token_id = None
+    return BartForConditionalGeneration(config)
+
+
+@pytest.fixture(scope="module")
+def encoder_decoder():
+    from stillhouse.methods.language import EncoderDecoder, EncoderDecoderConfig
+
+    sizes = dict(width=16, heads=2, kv_heads=1, head_size=8, ffn=32, dropout=0.5)
+    layers = dict(encoder_layers=2, decoder_layers=2)
+    return EncoderDecoder(EncoderDecoderConfig(259, eos_token_id=258, **layers, **sizes), seed=5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("which", ["t5", "bart", "encoder_decoder"])
+def test_encoder_decoders_respond_to_what_they_encode(which, temperature, request):
+    """Against the decoder's own rows, source by source and without a cache or padding."""
+    model = request.getfixturevalue(which).train()
+    options = dict(max_new_tokens=12, temperature=temperature, top_k=50, eos_token_id=())
+    seeds = torch.arange(len(PROMPTS))
+    found = rollout(model, PROMPTS, seed=seeds, **options)
+    assert model.training
+    assert [each.tolist() for each in found.prompts()] == PROMPTS
+    model.eval()
+    for number, prompt in enumerate(PROMPTS):
+        source = torch.tensor([prompt])
+
+        def decoder(ids, source=source):
+            return model(input_ids=source, decoder_input_ids=ids).logits
+
+        alone = rollout(
+            decoder, [[model.config.decoder_start_token_id]], seed=seeds[number, None], **options
+        )
+        assert said(alone) == [said(found)[number]]
+    if temperature:
+        assert len({token for row in said(found) for token in row}) > 10
+
+
+def test_an_encoder_decoder_s_response_ends_as_its_config_says(encoder_decoder):
+    model, config = encoder_decoder, encoder_decoder.generation_config
+    free = rollout(model, PROMPTS, max_new_tokens=8, seed=0, eos_token_id=())
+    end = said(free)[0][2]
+    config.eos_token_id = end
+    try:
+        ended = rollout(model, PROMPTS, max_new_tokens=8, seed=0)
+    finally:
+        config.eos_token_id = 258
+    for whole, cut in zip(said(free), said(ended), strict=True):
+        assert cut == whole[: whole.index(end) + 1 if end in whole else None]
+    assert len(said(ended)[0]) == 3
+    assert model.generation_config is config
+
+
+def test_an_encoder_decoder_has_positions_for_each_side(bart):
+    assert len(said(rollout(bart, [[5] * 32], max_new_tokens=31, seed=0, eos_token_id=()))[0]) == 31
+    with pytest.raises(ValueError, match="a prompt of 33 and a response of 2 tokens are more"):
+        rollout(bart, [[5] * 33], max_new_tokens=2, seed=0)
+
+
+def test_an_encoder_decoder_without_a_start_token_is_refused(t5):
+    config, own = t5.config, t5.generation_config
+    before = config.decoder_start_token_id, own.decoder_start_token_id
+    config.decoder_start_token_id = own.decoder_start_token_id = None
+    try:
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration has no decoder_start"):
+            rollout(t5, [[1]], max_new_tokens=2, seed=0)
+    finally:
+        config.decoder_start_token_id, own.decoder_start_token_id = before
 
 
 @pytest.mark.parametrize(

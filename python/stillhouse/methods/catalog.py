@@ -148,6 +148,23 @@ METHODS = {
             ),
             objective="CapacityGapLoss",
         ),
+        Method(
+            id="return-of-encoder",
+            title="An encoder-decoder student of a decoder-only teacher",
+            arxiv="2501.16273",
+            domain="language",
+            kind="logit loss across architectures, and the model",
+            kernels=("divergence",),
+            names=(
+                "align_seq2seq",
+                "Seq2SeqRows",
+                "CrossArchitectureLoss",
+                "EncoderDecoder",
+                "EncoderDecoderConfig",
+                "layer_split",
+            ),
+            objective="CrossArchitectureLoss",
+        ),
     )
 }
 

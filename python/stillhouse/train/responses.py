@@ -89,9 +89,10 @@ def rollout(
     """A response of at most `max_new_tokens` tokens to each prompt, drawn from the model.
 
     model: a causal language model of transformers, which generates with its cache and the prompts
-    padded on the left; or any callable that maps ids [B, T] to logits [B, T, V], where a token's
-    logits depend on nothing to its right. It is put in evaluation mode and back again, and asked
-    for no gradient. What its generation config says about sampling does not count.
+    padded on the left; an encoder-decoder, which encodes them; or any callable that maps ids [B, T]
+    to logits [B, T, V], where a token's logits depend on nothing to its right. It is put in
+    evaluation mode and back again, and asked for no gradient. What its generation config says about
+    sampling does not count.
     prompts: token ids, one sequence each, of any lengths. temperature 0 takes the likeliest token.
     top_k and top_p as in transformers, in that order. seed: an int, or int64 [B] with one a row;
     a row's numbers depend on its seed and the token's place alone, not on the batch around it. With
@@ -100,7 +101,7 @@ def rollout(
 
     The draw inverts the cumulated float64 probabilities at a uniform of 53 bits. Raises ValueError
     for empty prompts, numbers out of range, a prompt without room for its response, an
-    encoder-decoder, and logits that are not finite.
+    encoder-decoder without a start token, and logits that are not finite.
 
     Example:
         >>> import torch
@@ -178,23 +179,20 @@ def _generated(
     """What transformers generates where the draw is ours."""
     from transformers import GenerationConfig
 
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: responses are a decoder's")
+    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
     width = max(map(len, prompts))
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and width + count > positions:
-        raise ValueError(
-            f"a prompt of {width} and a response of {count} tokens are more than the model's "
-            f"{positions} positions"
-        )
-    # Any token will do: what is padded is masked.
-    padded = [torch.nn.functional.pad(each, (width - len(each), 0)) for each in prompts]
-    mask = [each.new_ones(len(each)) for each in prompts]
-    mask = [torch.nn.functional.pad(each, (width - len(each), 0)) for each in mask]
+    _check_room(model, width, count, apart=encodes)
+
+    def padded(row: Tensor) -> Tensor:  # any token will do: what is padded is masked
+        room = width - len(row)
+        return torch.nn.functional.pad(row, (0, room) if encodes else (room, 0))
+
+    # What a response stands behind: the decoder's start token, or the prompt.
+    before = 1 if encodes else width
+    start = _decoder_start(model) if encodes else None
 
     def chosen(ids: Tensor, logits: Tensor) -> Tensor:
-        token = draw(logits, ids.shape[1] - width)
+        token = draw(logits, ids.shape[1] - before)
         return torch.full_like(logits, float("-inf")).scatter(1, token[:, None], 0.0)
 
     # A penalty or a forced token of the model's own config would be another distribution. Adapters
@@ -205,18 +203,43 @@ def _generated(
         holder.generation_config = GenerationConfig()
     try:
         neutral = GenerationConfig(
-            max_new_tokens=count, do_sample=False, eos_token_id=ends or None, pad_token_id=0
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            decoder_start_token_id=start,
         )
         out = model.generate(
-            input_ids=torch.stack(padded),
-            attention_mask=torch.stack(mask),
+            input_ids=torch.stack([padded(each) for each in prompts]),
+            attention_mask=torch.stack([padded(torch.ones_like(each)) for each in prompts]),
             generation_config=neutral,
             logits_processor=[chosen],
         )
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
-    return list(out[:, width:])
+    return list(out[:, before:])
+
+
+def _check_room(model: Any, width: int, count: int, *, apart: bool) -> None:
+    """Raise ValueError where prompt and response need more positions than the model has; `apart`:
+    each of them has its own."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    needed = max(width, count) if apart else width + count
+    if positions is not None and needed > positions:
+        raise ValueError(
+            f"a prompt of {width} and a response of {count} tokens are more than the model's "
+            f"{positions} positions"
+        )
+
+
+def _decoder_start(model: Any) -> int:
+    """The token that a decoder begins with."""
+    for holder in (model.generation_config, model.config):
+        token = getattr(holder, "decoder_start_token_id", None)
+        if token is not None:
+            return token
+    raise ValueError(f"{type(model).__name__} has no decoder_start_token_id in its config")
 
 
 def _plain(

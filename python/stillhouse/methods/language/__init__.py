@@ -44,6 +44,14 @@ from stillhouse.methods.language.multi_teacher_bert import (
     regression_loyalty,
     retokenize_embeddings,
 )
+from stillhouse.methods.language.return_of_encoder import (
+    CrossArchitectureLoss,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Seq2SeqRows,
+    align_seq2seq,
+    layer_split,
+)
 from stillhouse.methods.language.sinkd import (
     SinKDLoss,
     embedded_sinkhorn_kd,
@@ -69,6 +77,9 @@ __all__ = [
     "DACKL",
     "CapacityGapLoss",
     "CausalLM",
+    "CrossArchitectureLoss",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "EnsembleLoss",
     "FIRSTLoss",
     "FillInMiddle",
@@ -77,6 +88,7 @@ __all__ = [
     "Mixture",
     "PrefixLM",
     "Sentinels",
+    "Seq2SeqRows",
     "SinKDLoss",
     "SpanCorruption",
     "TAIDLoss",
@@ -84,6 +96,7 @@ __all__ = [
     "Trace",
     "abkd_loss",
     "akl_loss",
+    "align_seq2seq",
     "capacity_gap_sweep",
     "clipped_kl",
     "common_tokens",
@@ -102,6 +115,7 @@ __all__ = [
     "infill",
     "infill_prompt",
     "label_loyalty",
+    "layer_split",
     "mask_importance",
     "minillm_token_loss",
     "multi_teacher_loss",
