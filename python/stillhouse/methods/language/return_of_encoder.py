@@ -3,8 +3,9 @@
 A small model that encodes its input once and decodes with a third of its layers answers sooner than
 a decoder-only one of its size. It learns from a large decoder-only teacher all the same: both
 predict the tokens of the same answer, the teacher behind the prompt, the student in its decoder, so
-their logits line up one to one. Most of the loss is that divergence, on answers that the student
-has drawn itself; the rest is the labels' cross-entropy.
+their logits line up one to one. The teacher is fine-tuned on the task first. Most of the loss is
+the divergence from it, on answers that the student has drawn itself; the rest is the labels'
+cross-entropy.
 
 Equation, x a source, y its target, y' an answer of the student, p teacher, q student:
 
@@ -25,13 +26,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stillhouse.methods.language.encoder_decoder import EncoderDecoder
 from stillhouse.methods.language.encoder_decoder_config import EncoderDecoderConfig, layer_split
 from stillhouse.methods.language.seq2seq_alignment import align_seq2seq
 from stillhouse.methods.language.seq2seq_rows import Seq2SeqRows
+from stillhouse.methods.language.shared_columns import shared_columns
 from stillhouse.train import DivergenceObjective, LogitRows, row_loss, row_means
 
 __all__ = [
@@ -42,8 +43,6 @@ __all__ = [
     "align_seq2seq",
     "layer_split",
 ]
-
-ROWS = 256  # rows of a teacher that are looked at a time
 
 
 class CrossArchitectureLoss(DivergenceObjective):
@@ -94,7 +93,9 @@ class CrossArchitectureLoss(DivergenceObjective):
         self, student: LogitRows, teacher: Any, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         if self.needs_teacher:
-            batch = {**batch, "vocab_size": self._columns(student, teacher, batch)}
+            options = dict(temperature=self.temperature, most=self.dropped)
+            columns = shared_columns(student, teacher, batch.get("vocab_size"), **options)
+            batch = {**batch, "vocab_size": columns}
         gold = batch.get("gold")
         if gold is None:
             return super().__call__(student, teacher, batch)
@@ -110,32 +111,3 @@ class CrossArchitectureLoss(DivergenceObjective):
             parts["loss"] = self.alpha * divergence + (1 - self.alpha) * entropy
             parts["cross_entropy"] = entropy.detach()
         return parts
-
-    def _columns(self, student: LogitRows, teacher: Any, batch: Mapping[str, Any]) -> int | None:
-        """The columns that both have, or the given number; None where nothing is left out."""
-        if not isinstance(teacher, LogitRows):
-            return batch.get("vocab_size")
-        ours, theirs = _width(student), _width(teacher)
-        columns = batch.get("vocab_size") or min(ours, theirs)
-        if columns < theirs:
-            lost = _mass_behind(teacher, columns, self.temperature)
-            if not lost <= self.dropped:
-                raise ValueError(
-                    f"the teacher has {lost:.2g} of a row's mass in columns {columns} to "
-                    f"{theirs - 1}, which the student does not have: at most {self.dropped:g} may "
-                    "be left out"
-                )
-        return columns if columns < max(ours, theirs) else None
-
-
-def _width(rows: LogitRows) -> int:
-    return rows.given.shape[-1] if rows.head is None else rows.head.module.weight.shape[0]
-
-
-@torch.no_grad()
-def _mass_behind(teacher: LogitRows, columns: int, temperature: float) -> float:
-    """The largest probability of the columns from `columns` on, over rows."""
-    starts = range(0, len(teacher), ROWS)
-    parts = (teacher.part(slice(start, start + ROWS)).logits for start in starts)
-    lost = [(x.float() / temperature).softmax(-1)[:, columns:].sum(-1).max() for x in parts]
-    return max((each.item() for each in lost), default=0.0)

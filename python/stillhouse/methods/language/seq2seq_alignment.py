@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from stillhouse.train import RowIndex, paired, supervised_rows
+from stillhouse.train import Responses, RowIndex, paired, supervised_rows
 from stillhouse.train.responses import Tokens
 from stillhouse.train.rows import IGNORED
 
@@ -76,26 +76,16 @@ def align_seq2seq(
     if vocab_size is not None:
         target = [_within(each, vocab_size, unknown_token_id) for each in target]
 
-    shift = max(map(len, prefix)) if side == "left" else 0
-    before = [max(shift - len(each), 0) for each in prefix]
-    labels = pad_sequence(
-        [
-            torch.cat([y.new_full((room + len(p),), IGNORED), y])
-            for room, p, y in zip(before, prefix, target, strict=True)
-        ],
-        batch_first=True,
-        padding_value=IGNORED,
-    )
-    whole = [
-        torch.cat([p.new_zeros(room), p, y])
-        for room, p, y in zip(before, prefix, target, strict=True)
-    ]
-    teacher = {"input_ids": pad_sequence(whole, batch_first=True)}
-    place = torch.arange(labels.shape[1])
-    start, end = (torch.tensor(each)[:, None] for each in (before, list(map(len, whole))))
-    teacher["attention_mask"] = ((place >= start) & (place < end)).long()
+    width = max(map(len, prefix)) if side == "left" else 0
+    room = torch.tensor([max(width - len(each), 0) for each in prefix])
+    before = [p.new_zeros(n) for n, p in zip(room.tolist(), prefix, strict=True)]
+    padded = [torch.cat(pair) for pair in zip(before, prefix, strict=True)]
+    teacher = Responses.of(padded, target).batch()
+    other = supervised_rows(teacher.pop("labels"))
     if side == "left":
-        teacher["position_ids"] = (place - start).clamp(min=0)
+        place = torch.arange(teacher["input_ids"].shape[1]) - room[:, None]
+        teacher["attention_mask"] *= place >= 0
+        teacher["position_ids"] = place.clamp(min=0)
 
     y = pad_sequence(target, batch_first=True, padding_value=IGNORED)
     sequence, position = (y != IGNORED).nonzero(as_tuple=True)
@@ -106,7 +96,6 @@ def align_seq2seq(
         "attention_mask": pad_sequence([torch.ones_like(x) for x in source], batch_first=True),
         "decoder_input_ids": shifted.masked_fill(shifted == IGNORED, 0),
     }
-    other = supervised_rows(labels)
     paired(index, other)
     return index, other, Inputs(student, teacher)
 

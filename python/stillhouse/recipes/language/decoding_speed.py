@@ -3,6 +3,7 @@
 import time
 
 import torch
+from torch import Tensor, nn
 
 from stillhouse.methods.language import EncoderDecoder
 from stillhouse.methods.language.encoder_decoder_blocks import KeyValues
@@ -28,7 +29,7 @@ def compare(student: EncoderDecoder, plain: DecoderOnly) -> list[dict[str, objec
 
 
 def _row(
-    name: str, model: object, seen: list[tuple[float, float]], new: int, held: int
+    name: str, model: nn.Module, seen: list[tuple[float, float]], new: int, held: int
 ) -> dict[str, object]:
     first, rest = (sorted(each)[len(each) // 2] for each in zip(*seen, strict=True))
     return {
@@ -42,7 +43,7 @@ def _row(
     }
 
 
-def _across(model: EncoderDecoder, ids: torch.Tensor) -> tuple[float, float, int, int]:
+def _across(model: EncoderDecoder, ids: Tensor) -> tuple[float, float, int, int]:
     since = time.perf_counter()
     cache = model.remember(model.encode(ids), None, room=WRITTEN)
     token = ids.new_full((BATCH, 1), model.config.decoder_start_token_id)
@@ -55,7 +56,7 @@ def _across(model: EncoderDecoder, ids: torch.Tensor) -> tuple[float, float, int
     return first - since, rest - first, cache.bytes_per_token, held
 
 
-def _behind(model: DecoderOnly, ids: torch.Tensor) -> tuple[float, float, int, int]:
+def _behind(model: DecoderOnly, ids: Tensor) -> tuple[float, float, int, int]:
     since = time.perf_counter()
     past = [KeyValues(READ + WRITTEN - 1) for _ in model.blocks]
     token = model.head(model.read(ids, past)[:, -1:]).argmax(-1)

@@ -2,9 +2,10 @@
 than a decoder-only model of its size?
 
 From summaries of Debian packages to their sections, in subwords. Teacher: decoder-only, 4 layers of
-width 128, 250 steps of 64 of 30,000 pairs. Students, 361,000 parameters in 6 layers of width 64:
-six epochs of the same 1,500 pairs, alone, or with the teacher on the stored answers, or for the
-second half on the student's own. Speed: 12 layers of width 256, sources of 512 tokens, 8 new ones.
+width 128, 250 steps of 64 of 30,000 pairs, some of the students' among them. Students, 361,000
+parameters in 6 layers of width 64: six epochs of the same 1,500 pairs, alone, or with the teacher
+on the stored answers, or for the second half on the student's own. Speed: 12 layers of width 256,
+sources of 512 tokens, 8 new ones.
 """
 
 from __future__ import annotations
