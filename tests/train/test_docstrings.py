@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["logprobs", "metrics", "preference", "response_source", "responses"]
+    "name", ["logprobs", "metrics", "preference", "response_source", "responses", "taught"]
 )
 def test_examples_run(name):
     outcome = doctest.testmod(importlib.import_module(f"stillhouse.train.{name}"))

@@ -8,8 +8,9 @@ import torch
 import torch._dynamo.testing
 
 from stillhouse import ops
+from stillhouse.nn.moe import TopK, upcycle_
 from stillhouse.train import LogitRows, row_divergence, row_loss, supervised_rows
-from stillhouse.train.forward import FrozenTeacher, RowForward
+from stillhouse.train.forward import FrozenTeacher, RowForward, row_forward
 from stillhouse.train.head import PROBE, transform_of
 
 
@@ -280,3 +281,14 @@ def test_a_sparse_teacher_takes_the_place_of_rows(llama, batch):
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_looking_at_the_head_draws_nothing(llama):
+    """A router counts its draws: a resumed run, which looks again, would draw other numbers."""
+    model = llama(2)
+    upcycle_(model, TopK(2, noise="gumbel"), layers="all")
+    model.train()
+    ids = torch.arange(12)[None]
+    row_forward(model)({"input_ids": ids}, supervised_rows(ids))
+    assert [layer.mlp.router.calls for layer in model.model.layers] == [1, 1]
+    assert model.training

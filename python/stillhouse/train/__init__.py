@@ -24,6 +24,7 @@ from stillhouse.train.responses import Responses, rollout
 from stillhouse.train.rows import RowIndex, paired, supervised_rows
 from stillhouse.train.schedules import Schedule, ramp
 from stillhouse.train.stages import Stage, run_stages
+from stillhouse.train.taught import Taught
 
 __all__ = [
     "AdaptiveShare",
@@ -39,6 +40,7 @@ __all__ = [
     "RowIndex",
     "Schedule",
     "Stage",
+    "Taught",
     "capture",
     "ece",
     "fidelity",

@@ -18,7 +18,7 @@ from stillhouse.train.rows import RowIndex
 
 # What a batch holds for us and not for the model.
 LAYOUT = ("prefix_length", "document_ids")  # what attention masks are made of, not the mask
-OURS = ("labels", "record", "denominator", "vocab_size", "on_policy", *LAYOUT, *STORED)
+OURS = ("labels", "record", "denominator", "vocab_size", "on_policy", "pairs", *LAYOUT, *STORED)
 
 
 class RowForward:
@@ -126,8 +126,9 @@ class RowForward:
             return probe
 
         devices = [some.device] if some.is_cuda else []
-        # The run's random numbers are those that it would have without us.
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        # The run's random numbers are those that it would have without us: those of torch, and
+        # those of modules that count their draws.
+        with torch.no_grad(), torch.random.fork_rng(devices), evaluating(model):
             seen = self._run(model, inputs, options, stand_in)
         if not called:
             raise _goes_round(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillhouse.train.forward import RowForward
 from stillhouse.train.objective import LogitRows, row_divergence
-from stillhouse.train.rows import supervised_rows
+from stillhouse.train.rows import RowIndex, supervised_rows
 
 
 def sequence_logprobs(
@@ -51,19 +51,25 @@ def sequence_logprobs(
         raise ValueError("per_byte needs batch['bytes'], the positive length of each target text")
     labels = batch["labels"]
     index = supervised_rows(labels)
-
-    def compute(rows: LogitRows) -> Tensor:
-        # Inside the forward, where a sharded head is whole.
-        options = dict(labels=index.target, vocab_size=batch.get("vocab_size"))
-        return -row_divergence(rows, None, "cross_entropy", **options)
-
     inputs = {name: value for name, value in batch.items() if name != "bytes"}
-    per_row = RowForward(model)(model, inputs, index, compute)
+    # Inside the forward, where a sharded head is whole.
+    per_row = RowForward(model)(model, inputs, index, lambda rows: row_logprobs(rows, batch))
     if reduction == "none":
         # A row says the token after it.
         result = per_row.new_zeros(labels.numel()).index_copy(0, index.row + 1, per_row)
         return result.view(labels.shape)
-    total = per_row.new_zeros(len(labels)).index_add(0, index.sequence, per_row)
+    total = by_sequence(per_row, index, len(labels))
     if reduction == "mean":
         return total / torch.bincount(index.sequence, minlength=len(labels)).clamp(min=1)
     return total / size if reduction == "per_byte" else total
+
+
+def row_logprobs(rows: LogitRows, batch: Mapping[str, Any]) -> Tensor:
+    """log q(target) of each supervised row, [N]; `batch["vocab_size"]` leaves columns out."""
+    options = dict(labels=rows.index.target, vocab_size=batch.get("vocab_size"))
+    return -row_divergence(rows, None, "cross_entropy", **options)
+
+
+def by_sequence(per_row: Tensor, index: RowIndex, count: int) -> Tensor:
+    """Sums of [N] rows over each of `count` sequences, [count]."""
+    return per_row.new_zeros(count).index_add(0, index.sequence, per_row)

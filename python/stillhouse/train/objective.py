@@ -9,11 +9,12 @@ head's weights are whole even if they are sharded. Optional methods:
 `update(stats, step, total_steps)`, called once per optimiser step with the loss averaged over
 micro-batches and ranks; `state_dict` / `load_state_dict`; `parameters`;
 `use_tokenizer(tokenizer)`, which `stillhouse distill` calls before it trains;
+`use_student(model)`, which `DistillTrainer` calls at first and `Taught` before each forward;
 `revise(student, teacher, responses, *, seed, **sampling)`, what it makes of responses that the
 student has drawn while training (`train.OnPolicy`), before they are used; sampling are
-`rollout`'s options. An objective that
-needs no teacher says so with `needs_teacher = False`, one that takes sparse teachers says with
-which tails: `sparse_tails`; and one that may have drawn columns, because it is linear in the
+`rollout`'s options. An objective that needs no teacher says so with `needs_teacher = False`, one
+whose batches are pairs of responses with `needs_pairs = True`, one that takes sparse teachers says
+with which tails: `sparse_tails`; and one that may have drawn columns, because it is linear in the
 teacher: `takes_draws`.
 """
 

@@ -21,11 +21,12 @@ class Stage:
     """One stage of `run_stages`.
 
     name: of the stage, in the history. loss: `loss(model, batch)` gives a scalar, or a dict whose
-    "loss" is the total; its own `parameters` learn, too, and its `state_dict` is kept. steps: of
-    the optimiser, at least 1. parameters: the patterns of `nn.surgery.train_only`. data: a function
-    of the step (0, 1, ...), or batches, which begin again when they end; None where the loss needs
-    none. lr: None is the optimiser's own. prepare: changes the model in place before the stage.
-    optimizer: makes one of parameters, and of `lr`.
+    "loss" is the total; its own `parameters` learn, too, its `state_dict` is kept, and `update(row,
+    step, steps)` is called after each step, where it has them. steps: of the optimiser, at least 1.
+    parameters: the patterns of `nn.surgery.train_only`. data: a function of the step (0, 1, ...),
+    or batches, which begin again when they end; None where the loss needs none. lr: None is the
+    optimiser's own. prepare: changes the model in place before the stage. optimizer: makes one of
+    parameters, and of `lr`.
 
     Defaults: AdamW as torch has it.
     """
@@ -113,6 +114,8 @@ def run_stages(
             batches, progress = _batches(stage, first), Progress("steps")
             for step in range(first, stage.steps):
                 history.append(_step(model, stage, optimizer, next(batches), step))
+                if hasattr(stage.loss, "update"):
+                    stage.loss.update(history[-1], step + 1, stage.steps)
                 progress(stage.name, step + 1, stage.steps)
                 if save_every and (step + 1) % save_every == 0 and step + 1 < stage.steps:
                     save(number, step + 1, optimizer)
