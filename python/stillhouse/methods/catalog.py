@@ -132,6 +132,16 @@ METHODS = {
             ),
         ),
         Method(
+            id="llava-mod",
+            title="Mixture-of-experts distillation",
+            arxiv="2408.15881",
+            domain="language",
+            kind="logit loss and preference loss, in stages",
+            kernels=("divergence",),
+            names=("LLaVAMoDLoss", "preference_batch", "VisionPrefix"),
+            objective="LLaVAMoDLoss",
+        ),
+        Method(
             id="capacity-gap",
             title="Law of capacity gap",
             arxiv="2311.07052",

@@ -90,6 +90,8 @@ class DistillTrainer(ResumableTrainer):
                 "(--multi_gpu)"
             )
         self.objective = objective
+        if hasattr(objective, "use_student"):
+            objective.use_student(self.model)
         if self.is_fsdp_enabled:
             self._check_sharding()
         self.vocab_size = vocab_size

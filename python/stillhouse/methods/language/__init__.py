@@ -24,6 +24,7 @@ from stillhouse.methods.language.codegen2 import (
     truncate_completion,
 )
 from stillhouse.methods.language.first import FIRSTLoss, fit_temperature, recalibrate
+from stillhouse.methods.language.llava_mod import LLaVAMoDLoss, VisionPrefix, preference_batch
 from stillhouse.methods.language.mgsr import (
     DACKL,
     MGSRLoss,
@@ -84,6 +85,7 @@ __all__ = [
     "FIRSTLoss",
     "FillInMiddle",
     "HackingStudy",
+    "LLaVAMoDLoss",
     "MGSRLoss",
     "Mixture",
     "PrefixLM",
@@ -94,6 +96,7 @@ __all__ = [
     "TAIDLoss",
     "TeacherEnsemble",
     "Trace",
+    "VisionPrefix",
     "abkd_loss",
     "akl_loss",
     "align_seq2seq",
@@ -122,6 +125,7 @@ __all__ = [
     "optimal_teacher",
     "pass_at_k",
     "phrase_spans",
+    "preference_batch",
     "prefix_lm_mask",
     "probability_loyalty",
     "rare_word_masking",
