@@ -30,6 +30,7 @@ from stillhouse.train.checkpoints import (
     newest_complete,
     remove_torn,
 )
+from stillhouse.train.mixtures import is_marked
 
 DEMONSTRATION = Path(__file__).with_name("distill.yaml")
 # TAID is a method, and SupportKL needs a teacher that is known at some columns only.
@@ -67,10 +68,16 @@ def distill(arguments: DistillArguments, training: Any) -> Report:
     # Loaders draw a bar for each file; what is loaded is said in one line below.
     logging.disable_progress_bar()
     objective = build_objective(arguments)
+    if getattr(objective, "needs_pairs", False):
+        raise UsageError(
+            f"--method {arguments.method} with these options learns from pairs of a preferred and "
+            "another response, which --data has not: stillhouse.train.run_stages trains with them"
+        )
     needs_teacher = getattr(objective, "needs_teacher", True)
     if arguments.teacher is arguments.teacher_shards is None and needs_teacher:
         raise UsageError(f"--teacher is missing: {arguments.method} compares with one")
     on_policy = build_on_policy(arguments, training)
+    _check_student(arguments, training)
     _check_directory(arguments, training)
     shards = None
     if arguments.teacher_shards is None and arguments.teacher_tail != "bucket":
@@ -196,6 +203,21 @@ def _option_value(key: str, text: str) -> Any:
         return float(value) if isinstance(value, str) else value  # to YAML, 5e-4 is a word
     except ValueError:
         return value
+
+
+def _check_student(arguments: DistillArguments, training: Any) -> None:
+    if arguments.lora_rank and arguments.trainable:
+        raise UsageError("--lora_rank trains adapters alone: leave --trainable out")
+    if arguments.student.startswith("experts:") or is_marked(arguments.student):
+        if arguments.lora_rank:
+            raise UsageError(
+                "--lora_rank has no adapters for experts: name parameters, --trainable"
+            )
+        if training.gradient_checkpointing:
+            raise UsageError(
+                "--gradient_checkpointing runs a layer twice, and routers would draw other experts "
+                "the second time: leave it out with a student that has experts"
+            )
 
 
 def _check_directory(arguments: DistillArguments, training: Any) -> None:

@@ -13,8 +13,16 @@ from torch import nn
 
 from stillhouse import data
 from stillhouse.errors import UsageError
+from stillhouse.nn.surgery import train_only
 from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
-from stillhouse.train import AdaptiveShare, DivergenceObjective, Objective, OnPolicy, models
+from stillhouse.train import (
+    AdaptiveShare,
+    DivergenceObjective,
+    Objective,
+    OnPolicy,
+    mixtures,
+    models,
+)
 from stillhouse.train.arguments import DistillArguments
 from stillhouse.train.examples import collate, encode
 
@@ -82,9 +90,9 @@ class Job:
         if shards is not None:
             self._check_stored(shards)
         if self.teacher is not None:
-            own = self.tokenizer
-            if not student.startswith("layers:") and models.has_tokenizer(student):
-                own = models.load_tokenizer(student)
+            own, named = self.tokenizer, models.dense_of(student)
+            if not named.startswith("layers:") and models.has_tokenizer(named):
+                own = models.load_tokenizer(named)
             models.check_pair(self._fresh, self.teacher, own, self.tokenizer, arguments.vocab_size)
         else:
             models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
@@ -144,6 +152,8 @@ class Job:
             rank = self.arguments.lora_rank
             adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
             student = get_peft_model(student, adapter)
+        elif self.arguments.trainable:
+            train_only(student, self.arguments.trainable)
         return student
 
     def trainer(
@@ -178,6 +188,8 @@ class Job:
             processing_class=self.tokenizer,
             data_collator=functools.partial(collate, padding=0 if padding is None else padding),
         )
+        if trainer.is_fsdp_enabled and mixtures.has_mixtures(trainer.model):
+            raise UsageError("--student experts:... with FSDP: its shards are not saved; use DDP")
         if trainer.is_fsdp_enabled and self.arguments.lora_rank:
             raise UsageError("--lora_rank with FSDP: shards of adapters are not merged; use DDP")
         return trainer
@@ -238,6 +250,8 @@ class Job:
         else:
             trainer.save_model(str(partial))
         if self.training.process_index == 0:
+            if mixtures.has_mixtures(trainer.model):
+                mixtures.mark(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         trainer.accelerator.wait_for_everyone()

@@ -9,6 +9,8 @@ import torch
 
 from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.report import Report
+from stillhouse.train.mixtures import is_marked
+from stillhouse.train.models import load_model
 
 
 def fill(
@@ -70,9 +72,7 @@ def fill(
 
 def generations(job: Job, folder: Path) -> list[dict[str, str]]:
     """How the saved student continues two held-out texts, greedily."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_model(str(folder))
     result = []
     for example in (job.eval_set or job.train_set).examples[:2]:
         masked = int(example.loss_mask.argmax())
@@ -106,6 +106,11 @@ def _configuration(job: Job) -> dict[str, object]:
 
 def load_command(folder: Path) -> str:
     """A shell command that loads the student and lets it write."""
+    if is_marked(folder):
+        return (
+            'python -c "from stillhouse.train.models import load_model; '
+            f'print(load_model({str(folder)!r}))"'
+        )
     return (
         "python -c \"from transformers import pipeline; print(pipeline('text-generation', "
         f"{str(folder)!r})('The for statement')[0]['generated_text'])\""

@@ -58,16 +58,14 @@ class DistillArguments:
     """What is distilled from what, on which text, by which method."""
 
     teacher: str | None = _flag("hub id, folder, .gguf file, or smollm2 (the installed package)")
-    teacher_shards: str | None = _flag(
-        "folder of `stillhouse capture`, in the teacher's place: nothing of it is loaded"
-    )
+    teacher_shards: str | None = _flag("folder of `stillhouse capture`, in the teacher's place")
     teacher_tail: Literal["bucket", "renormalize", "uniform", "drop"] = _flag(
-        "what a stored teacher has at columns that were not stored (ops.SparseTeacher)",
+        "what is at columns that were not stored (ops.SparseTeacher)",
         "bucket",
     )
     student: str | None = _flag(
-        "layers:0,1,2 copies these blocks of the teacher, layers:0,1,2@MODEL those of another "
-        "model; else a hub id, folder or .gguf file"
+        "layers:0,1,2 copies these blocks of the teacher, layers:0,1,2@MODEL another's; "
+        "experts:4@STUDENT makes mixtures of 4 experts; else a hub id, folder or .gguf file"
     )
     data: str | None = _flag(
         "file or folder: text, JSON lines or Parquet with text, messages or prompt and response; "
@@ -90,13 +88,18 @@ class DistillArguments:
     student_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "precision of the student's weights", "float32"
     )
+    trainable: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "names of the parameters that learn, as patterns: '*.experts.*'; else all"
+        },
+    )
     lora_rank: int = _flag("train adapters of this rank instead of the student itself", 0)
     on_policy: float = _flag(
-        "share of the batches whose responses the student writes itself while it trains", 0.0
+        "share of batches whose responses the student writes while it trains", 0.0
     )
     on_policy_adapts: bool = _flag(
-        "let that share begin at 0 and grow when the evaluated loss rises (DistiLLM's schedule; "
-        "needs --eval_strategy)",
+        "that share begins at 0 and grows when the evaluated loss rises (DistiLLM)",
         False,
     )
     replay: int = _flag("use so many of the student's last responses again, half of the time", 0)

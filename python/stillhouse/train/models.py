@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stillhouse.nn.surgery import take_layers
+from stillhouse.train import mixtures
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,13 +30,16 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
     """The causal language model of a hub id, a local folder or a GGUF file.
 
     `dtype` is one of `DTYPES`; "auto" keeps what the checkpoint was saved in. A GGUF file is
-    dequantised. Raises FileNotFoundError for what does not exist, ValueError for what is no model.
+    dequantised; a folder of `mixtures.mark` has its experts again. Raises FileNotFoundError for
+    what does not exist, ValueError for what is no model.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     location, options = _locate(name)
+    if not options and mixtures.is_marked(location):
+        return mixtures.load(location, dtype if dtype == "auto" else getattr(torch, dtype))
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _one_line(name, "a causal language model"):
@@ -50,11 +54,17 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
 
 def load_student(spec: str, teacher: nn.Module | None, dtype: str = "float32") -> nn.Module:
     """The student, trainable: `layers:0,1,2` copies these blocks of the teacher and
-    `layers:0,1,2@MODEL` those of another model, anything else is loaded.
+    `layers:0,1,2@MODEL` those of another model; `experts:4@STUDENT` is any student with mixtures of
+    4 experts (`mixtures.make_mixtures`); anything else is loaded.
 
-    Raises ValueError for a list that cannot be read, a block that does not exist, and a list of
-    layers without a teacher to take them from.
+    Raises ValueError for a list or number that cannot be read, a block that does not exist, and a
+    list of layers without a teacher to take them from.
     """
+    if spec.startswith("experts:"):
+        number, _, dense = spec.removeprefix("experts:").partition("@")
+        if not number.isdigit() or not dense:
+            raise ValueError(f"expected --student experts:4@STUDENT, got {spec!r}")
+        return mixtures.make_mixtures(load_student(dense, teacher, dtype), int(number))
     if not spec.startswith("layers:"):
         return load_model(spec, dtype).requires_grad_(True)
     blocks, _, source = spec.removeprefix("layers:").partition("@")
@@ -75,7 +85,13 @@ def load_student(spec: str, teacher: nn.Module | None, dtype: str = "float32") -
 
 def source_of(student: str) -> str:
     """The model whose tokenizer a student without a teacher has."""
+    student = dense_of(student)
     return student.partition("@")[2] if student.startswith("layers:") else student
+
+
+def dense_of(student: str) -> str:
+    """What a student is before its experts."""
+    return student.partition("@")[2] if student.startswith("experts:") else student
 
 
 def check_pair(
