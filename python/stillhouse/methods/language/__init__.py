@@ -25,6 +25,14 @@ from stillhouse.methods.language.codegen2 import (
 )
 from stillhouse.methods.language.first import FIRSTLoss, fit_temperature, recalibrate
 from stillhouse.methods.language.llava_mod import LLaVAMoDLoss, VisionPrefix, preference_batch
+from stillhouse.methods.language.mend import (
+    ContextDistiller,
+    build_icl_batch,
+    context_distillation_loss,
+    prefix_cache,
+    score_candidates,
+    split_for_pretraining,
+)
 from stillhouse.methods.language.mgsr import (
     DACKL,
     MGSRLoss,
@@ -78,6 +86,7 @@ __all__ = [
     "DACKL",
     "CapacityGapLoss",
     "CausalLM",
+    "ContextDistiller",
     "CrossArchitectureLoss",
     "EncoderDecoder",
     "EncoderDecoderConfig",
@@ -100,10 +109,12 @@ __all__ = [
     "abkd_loss",
     "akl_loss",
     "align_seq2seq",
+    "build_icl_batch",
     "capacity_gap_sweep",
     "clipped_kl",
     "common_tokens",
     "component_sparsity",
+    "context_distillation_loss",
     "detect",
     "distillm_loss",
     "distillm_source",
@@ -126,6 +137,7 @@ __all__ = [
     "pass_at_k",
     "phrase_spans",
     "preference_batch",
+    "prefix_cache",
     "prefix_lm_mask",
     "probability_loyalty",
     "rare_word_masking",
@@ -135,9 +147,11 @@ __all__ = [
     "retokenize_embeddings",
     "revise",
     "sample_sinkhorn_kd",
+    "score_candidates",
     "sequence_kl",
     "sinkhorn_kd",
     "span_correlation",
+    "split_for_pretraining",
     "standardized_kl_loss",
     "taid_loss",
     "truncate_completion",
