@@ -15,7 +15,7 @@ from stillhouse.methods.language import (
     score_candidates,
     split_for_pretraining,
 )
-from stillhouse.train import RowIndex, paired
+from stillhouse.train import LogitRows, RowIndex, row_divergence
 
 DEMOS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(1))
 QUERY = torch.randint(256, (2, 5), generator=torch.Generator().manual_seed(2))
@@ -222,10 +222,10 @@ def test_both_sides_read_the_same_query():
     assert rows.sequence.tolist() == [0, 0, 0, 1, 1, 1]
     fewer = RowIndex(*(x[1:] for x in rows))
     with pytest.raises(ValueError, match="student has 6 supervised rows and teacher 5"):
-        paired(rows, fewer)
+        row_divergence(LogitRows(torch.zeros(6, 3), rows), LogitRows(torch.zeros(5, 3), fewer))
     shifted = context_distillation._query_rows(ids, torch.tensor([1, 0]), torch.tensor([3, 3]))
     with pytest.raises(ValueError, match="row 0 predicts token 2 in the student and 1 in the"):
-        paired(rows, shifted)
+        row_divergence(*(LogitRows(torch.zeros(6, 3), each) for each in (rows, shifted)))
 
 
 ids = torch.zeros(2, 5, dtype=torch.int64)

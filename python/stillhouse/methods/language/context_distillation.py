@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.methods.language.side_by_side import row_lengths, side_by_side
-from stillhouse.train import LogitRows, RowIndex, paired, reduce, row_divergence
+from stillhouse.train import RowIndex, reduce, row_divergence
 from stillhouse.train.forward import RowForward, frozen
 from stillhouse.train.rows import IGNORED
 
@@ -85,7 +85,9 @@ def context_distillation_loss(
         index = _query_rows(side_by_side(none, query_ids, n_vectors, n_query), n_vectors, n_query)
         student = rows(lm, {"inputs_embeds": inputs}, index)
         if kd_weight != 0:
-            parts["kd"] = _compare(student, teacher, temperature)
+            # Raises where both sides did not read the same query.
+            kl = row_divergence(student, teacher, "forward_kl", temperature=temperature)
+            parts["kd"] = reduce(kl)
         if answer_mask is not None:
             place = index.row - index.sequence * inputs.shape[1] - vectors.shape[1]
             answers = nn.functional.pad(answer_mask[:, 1:], (0, 1))[index.sequence, place]
@@ -131,8 +133,3 @@ def _query_rows(ids: Tensor, start: Tensor, count: Tensor) -> RowIndex:
     following = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)[sequence, position]
     target = following.masked_fill(position + 1 == end[sequence, 0], IGNORED)
     return RowIndex(sequence * ids.shape[1] + position, target, sequence)
-
-
-def _compare(student: LogitRows, teacher: LogitRows, temperature: float) -> Tensor:
-    paired(student.index, teacher.index)
-    return reduce(row_divergence(student, teacher, "forward_kl", temperature=temperature))
