@@ -175,6 +175,22 @@ METHODS = {
             ),
             objective="CrossArchitectureLoss",
         ),
+        Method(
+            id="mend",
+            title="Demonstrations distilled into vectors",
+            arxiv="2403.06914",
+            domain="language",
+            kind="hyper-network for prompts, logit loss",
+            kernels=("divergence",),
+            names=(
+                "ContextDistiller",
+                "context_distillation_loss",
+                "split_for_pretraining",
+                "build_icl_batch",
+                "prefix_cache",
+                "score_candidates",
+            ),
+        ),
     )
 }
 
