@@ -125,3 +125,26 @@ def make_teacher():
         return GPT2LMHeadModel(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bert():
+    """bert(seed=0, **options): a random masked language model of 23 tokens, width 16 and two
+    blocks, in evaluation mode."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    def make(seed=0, **options):
+        torch.manual_seed(seed)
+        sizes = dict(
+            vocab_size=23,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=12,
+            # Of the usual size the weights say next to nothing at this width.
+            initializer_range=0.3,
+        )
+        return BertForMaskedLM(BertConfig(**(sizes | options))).eval()
+
+    return make

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from stillhouse.methods.language.unrolled_decoding import refine, sample
 from stillhouse.methods.language.unrolled_denoiser import UnrolledDenoiser, seq2seq_from_mlm
 
 transformers = pytest.importorskip("transformers")
@@ -18,22 +17,6 @@ VOCABULARY = 23
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def bert(seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(intermediate_size=24, max_position_embeddings=12, initializer_range=0.3)
-    return transformers.BertForMaskedLM(transformers.BertConfig(**(sizes | options))).eval()
-
-
-def electra():
-    torch.manual_seed(0)
-    config = transformers.ElectraConfig(
-        vocab_size=VOCABULARY, embedding_size=16, hidden_size=16, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=24, max_position_embeddings=12,
-    )  # fmt: skip
-    return transformers.ElectraForMaskedLM(config).eval()
 
 
 def batch(rows=4, source=6, target=5):
@@ -77,80 +60,7 @@ def denoiser(function, max_length=8):
     return UnrolledDenoiser(Encoder(), Decoder(function), max_length)
 
 
-# A masked language model as both halves -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [bert, electra])
-def test_gates_at_0_are_the_masked_model_whatever_the_source(make):
-    mlm, given = make(), batch()
-    encoder, decoder = seq2seq_from_mlm(mlm)
-    ids, mask = given["labels"].clamp(min=0), given["labels"] >= 0
-    want = mlm(input_ids=ids, attention_mask=mask.long()).logits
-    for source in (given["input_ids"], given["input_ids"].flip(1)):
-        states = encoder(source, attention_mask=given["attention_mask"]).last_hidden_state
-        found = decoder(ids, mask, states, given["attention_mask"].bool())
-        assert torch.equal(found, want)
-        with torch.no_grad():
-            for cross in decoder.cross:
-                cross.gate.fill_(0.5)
-        assert not torch.allclose(decoder(ids, mask, states, mask[:, :1].expand(-1, 6)), want)
-        with torch.no_grad():
-            for cross in decoder.cross:
-                cross.gate.zero_()
-
-
-def test_the_halves_are_copies():
-    mlm = bert()
-    encoder, decoder = seq2seq_from_mlm(mlm)
-    own = {id(each) for each in mlm.parameters()}
-    for half in (encoder, decoder):
-        assert not own & {id(each) for each in half.parameters()}
-    assert not hasattr(encoder, "cls")
-    attention = mlm.bert.encoder.layer[1].attention
-    cross = decoder.cross[1]
-    for copied, of in (
-        (cross.query, attention.self.query),
-        (cross.key, attention.self.key),
-        (cross.value, attention.self.value),
-        (cross.output, attention.output.dense),
-    ):
-        assert torch.equal(copied.weight, of.weight)
-        assert torch.equal(copied.bias, of.bias)
-        assert copied.weight is not of.weight
-
-
-def test_cross_attention_of_the_text_itself_is_self_attention():
-    """With a gate of 1 and the block's own input as the source: what self-attention adds."""
-    mlm = bert()
-    _, decoder = seq2seq_from_mlm(mlm)
-    block, cross = mlm.bert.encoder.layer[0].attention, decoder.cross[0]
-    x = torch.randn(3, 5, 16, generator=seeded())
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
-    added = block.output.dense(block.self(x, attention_mask=mask[:, None, None, :])[0])
-    with torch.no_grad():
-        cross.gate.fill_(1)
-    assert torch.allclose(cross(x, x, mask), added, atol=1e-5)
-
-
-def test_what_a_block_adds_comes_behind_its_attention():
-    """By hand, block by block, with gates of 0.5."""
-    mlm, given = bert(), batch()
-    encoder, decoder = seq2seq_from_mlm(mlm)
-    ids, mask = given["labels"].clamp(min=0), given["labels"] >= 0
-    source_mask = given["attention_mask"].bool()
-    states = encoder(given["input_ids"], attention_mask=source_mask.long()).last_hidden_state
-    x = mlm.bert.embeddings(ids)
-    with torch.no_grad():
-        for layer, cross in zip(mlm.bert.encoder.layer, decoder.cross, strict=True):
-            cross.gate.fill_(0.5)
-            x = layer.attention(x, attention_mask=mask[:, None, None, :])[0]
-            x = x + cross(x, states, source_mask)
-            x = layer.output(layer.intermediate(x), x)
-        found = decoder(ids, mask, states, source_mask)
-    assert torch.allclose(found[mask], mlm.cls(x)[mask], atol=1e-5)
-
-
-def test_padding_of_the_source_is_not_seen():
+def test_padding_of_the_source_is_not_seen(bert):
     mlm, given = bert(), batch()
     encoder, decoder = seq2seq_from_mlm(mlm)
     for cross in decoder.cross:
@@ -219,7 +129,7 @@ def test_the_share_that_is_replaced(rate, share):
         assert ((others - expected).abs() < 5 * expected**0.5).all()
 
 
-def test_no_gradient_flows_through_a_sample():
+def test_no_gradient_flows_through_a_sample(bert):
     """The gradient of the second unroll is that of its own logits: as with given inputs."""
     given, mlm = batch(), bert()
     model = UnrolledDenoiser(*seq2seq_from_mlm(mlm), max_length=8)
@@ -270,7 +180,7 @@ def test_lengths_are_classes_of_the_mean_of_what_is_there():
     assert model.loss(given, generator=seeded())["length"].item() == pytest.approx(want.item())
 
 
-def test_draws_are_the_generators():
+def test_draws_are_the_generators(bert):
     given, model = batch(), UnrolledDenoiser(*seq2seq_from_mlm(bert()), max_length=8)
     losses = [model.loss(given, generator=seeded(k))["loss"].item() for k in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
@@ -280,7 +190,7 @@ def test_draws_are_the_generators():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_it_learns_to_copy_backwards():
+def test_it_learns_to_copy_backwards(bert):
     """Targets that are the source in another order: MLM, gates at 0, and 300 steps."""
     model = UnrolledDenoiser(*seq2seq_from_mlm(bert(initializer_range=0.1)), max_length=4).train()
     optimizer, generator = torch.optim.Adam(model.parameters(), lr=3e-3), seeded()
@@ -302,79 +212,6 @@ def test_it_learns_to_copy_backwards():
 
 
 # Decoding -----------------------------------------------------------------------------------------
-
-
-def table(seed=0, width=5):
-    """Logits that depend on the token itself and on the one to its left."""
-    weight = torch.randn(width, width, width, generator=seeded(seed))
-    return lambda y: weight[y, y.roll(1, 1)]
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_argmax_unrolled_by_hand(share, steps):
-    logits_of = table()
-    y = torch.randint(5, (6, 7), generator=seeded(3))
-    lengths = torch.tensor([7, 7, 3, 1, 5, 4])
-    mask = torch.arange(7) < lengths[:, None]
-    found = refine(logits_of, y, mask, steps=steps, share=share, generator=seeded())
-    for _ in range(steps):
-        probabilities = logits_of(y).softmax(-1)
-        likeliest = probabilities.argmax(-1)
-        then = logits_of(likeliest).argmax(-1)
-        y = likeliest.clone()
-        for row, n in enumerate(lengths.tolist()):
-            order = sorted(range(n), key=lambda i: probabilities[row, i].max().item())
-            for i in order[: math.ceil(share * n)]:
-                y[row, i] = then[row, i]
-    assert torch.equal(found[mask], y[mask])
-
-
-def test_a_perfect_model_needs_one_step():
-    target = torch.tensor([[3, 1, 4, 1]])
-    calls = []
-
-    def certain(y):
-        calls.append(y)
-        return 9.0 * one_hot(target, 5)
-
-    y = torch.zeros_like(target)
-    found = refine(certain, y, target >= 0, steps=50, generator=seeded())
-    assert torch.equal(found, target)
-    # The second step changes nothing: it is the last.
-    assert len(calls) == 4
-
-
-def test_sampling_updates_a_share_of_the_tokens():
-    y = torch.zeros(200, 50, dtype=torch.int64)
-    mask = torch.arange(50) < torch.tensor([50, 20]).repeat(100)[:, None]
-    other = lambda y: 9.0 * one_hot(torch.ones_like(y), 5)  # noqa: E731
-    found = refine(other, y, mask, steps=1, mode="sample", share=0.3, generator=seeded())
-    assert not found[~mask].any()
-    assert found[mask].float().mean().item() == pytest.approx(0.3, abs=0.02)
-    again = refine(other, y, mask, steps=3, mode="sample", share=0.3, generator=seeded())
-    assert again[mask].float().mean().item() == pytest.approx(1 - 0.7**3, abs=0.02)
-
-
-@pytest.mark.parametrize(("steps", "calls"), [(4, 4), (10, 10), (40, 10)])
-def test_sampling_ends_after_ten_steps_where_nothing_changes(steps, calls):
-    seen = []
-
-    def certain(y):
-        seen.append(y)
-        return 99.0 * one_hot(torch.full_like(y, 2), 5)
-
-    y = torch.full((1, 3), 2)
-    refine(certain, y, y > 0, steps=steps, mode="sample", generator=seeded())
-    assert len(seen) == calls
-
-
-def test_samples_follow_the_softmax_at_their_temperature():
-    logits = torch.tensor([0.0, 1.0, -1.0])
-    drawn = sample(logits.expand(100, 200, 3), 0.4, seeded())
-    frequencies = torch.bincount(drawn.flatten(), minlength=3) / drawn.numel()
-    assert torch.allclose(frequencies, (logits / 0.4).softmax(0), atol=0.01)
-    assert drawn.shape == (100, 200)
 
 
 @pytest.mark.parametrize("mode", ["argmax_unrolled", "sample"])
@@ -409,7 +246,7 @@ def test_the_best_of_the_likeliest_lengths(mode):
     assert [x.tolist() for x in said] == [[8] * 8, [1], [2, 2], [3, 3, 3]]
 
 
-def test_a_source_is_decoded_alone_as_in_a_batch():
+def test_a_source_is_decoded_alone_as_in_a_batch(bert):
     given = batch()
     model = UnrolledDenoiser(*seq2seq_from_mlm(bert()), max_length=8)
     for cross in model.decoder.cross:
@@ -429,7 +266,7 @@ def test_a_source_is_decoded_alone_as_in_a_batch():
 # What cannot be -----------------------------------------------------------------------------------
 
 
-def test_halves_that_do_not_fit():
+def test_halves_that_do_not_fit(bert):
     encoder, decoder = seq2seq_from_mlm(bert())
     other = seq2seq_from_mlm(bert(vocab_size=24))[1]
     with pytest.raises(ValueError, match="the encoder knows 23 tokens and the decoder 24"):
@@ -437,15 +274,6 @@ def test_halves_that_do_not_fit():
     for length in (0, 13):
         with pytest.raises(ValueError, match=re.escape(f"must lie in [1, 12], got {length}")):
             UnrolledDenoiser(encoder, decoder, length)
-
-
-def test_models_that_are_no_masked_ones(llama):
-    with pytest.raises(ValueError, match="LlamaDecoderLayer has not BERT's layout"):
-        seq2seq_from_mlm(llama())
-    with pytest.raises(ValueError, match="BertModel has no output head: pass a masked LM"):
-        seq2seq_from_mlm(bert().bert)
-    with pytest.raises(ValueError, match="this one has is_decoder=True"):
-        seq2seq_from_mlm(bert(is_decoder=True))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, gelu
 
-from stillhouse.methods.language import attention_slot
 from stillhouse.methods.language.window_recurrence import WindowRecurrence
 from stillhouse.train import supervised_rows
 from stillhouse.train.forward import RowForward
@@ -122,24 +121,6 @@ def test_the_second_matrix_at_0_is_a_key_and_value_of_0(llama):
     assert torch.allclose(model.score(given, window=WINDOW), want, atol=2e-5)
 
 
-def test_a_slot_of_0_dilutes_a_uniform_softmax_by_one_in_n_plus_1(llama):
-    """Queries of 0 look at all evenly: the mean of the values over n + 1 instead of n."""
-    lm = llama(layers=1)
-    attention = lm.model.layers[0].self_attn
-    with torch.no_grad():
-        attention.q_proj.weight.zero_()
-    seen = []
-    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    ids = batch()["input_ids"][:, :WINDOW]
-    with torch.no_grad():
-        lm(input_ids=ids)
-        with attention_slot.beside([attention], torch.zeros(3, WIDTH)):
-            lm(input_ids=ids)
-    n = torch.arange(1, WINDOW + 1)[:, None]
-    # The slot is the first of the rows inside, and left out behind.
-    assert torch.allclose(seen[1][:, 1:], seen[0] * n / (n + 1), atol=1e-6)
-
-
 @pytest.mark.parametrize("layer_in", [0, 1, [1], range(2)])
 def test_blocks_that_get_it(llama, layer_in):
     """What is changed before block k is that of no block before it."""
@@ -155,30 +136,6 @@ def test_blocks_that_get_it(llama, layer_in):
     # The first call is a look at one token; the first window has no slot.
     assert seen[-4:-2] == second_window
     assert (1, WINDOW) in seen
-
-
-def test_the_slot_has_no_position(llama):
-    """The token after it is at position 0, and what is in the slot is not turned."""
-    lm = llama(layers=1)
-    attention = lm.model.layers[0].self_attn
-    seen = []
-    attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
-    )
-    ids = batch()["input_ids"][:, :WINDOW]
-    with attention_slot.beside([attention], torch.ones(3, WIDTH)):
-        # Registered before ours: it sees what the model gave. The one after sees what we made.
-        handle = attention.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["position_embeddings"]),
-            with_kwargs=True,
-        )
-        lm(input_ids=ids)
-        handle.remove()
-    (cos, sin), (wider_cos, wider_sin) = seen
-    assert torch.equal(wider_cos[:, 1:], cos)
-    assert torch.equal(wider_sin[:, 1:], sin)
-    assert (wider_cos[:, 0] == 1).all()
-    assert (wider_sin[:, 0] == 0).all()
 
 
 def test_one_window_is_the_model_itself(llama):
@@ -373,15 +330,6 @@ def test_models_that_cannot_be(llama, arguments, message):
         WindowRecurrence(llama(), *arguments)
 
 
-def test_blocks_without_an_attention():
-    class Block(torch.nn.Linear):
-        pass
-
-    block = Block(1, 1)
-    with pytest.raises(ValueError, match="Block has 0 attentions: expected one"):
-        attention_slot.attention_of(block)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -405,8 +353,3 @@ def test_batches_that_cannot_be(llama):
         model.loss(given, window=4)
     with pytest.raises(ValueError, match="a batch of one token has nothing to predict"):
         model.loss(batch(tokens=1), window=4)
-
-
-def test_masks_that_are_not_understood():
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
-        attention_slot._wider(torch.ones(2, 4))
