@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from stillhouse.methods.language.unrolled_denoiser import UnrolledDenoiser, seq2seq_from_mlm
+from stillhouse.recipes.language import unrolled_denoiser as recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,17 +75,19 @@ def test_padding_of_the_source_is_not_seen(bert):
 # Training -----------------------------------------------------------------------------------------
 
 
-def test_a_perfect_model_of_a_whole_target_has_no_loss():
-    """a = 0 and f certain of the target: L1 = L2 = 0, and the second input is the first."""
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_perfect_model_has_no_loss(rate):
+    """f certain of the target: L1 = L2 = 0, the first input is the target if a = 0, and the second,
+    which f itself says, in any case."""
     given = batch()
     model = denoiser(lambda ids: 1e4 * one_hot(given["labels"].clamp(min=0), VOCABULARY).float())
-    parts = model.loss(given, rate=0.0, generator=seeded())
+    parts = model.loss(given, rate=rate, generator=seeded())
     assert parts["unroll_1"].item() == pytest.approx(0, abs=1e-8)
     assert parts["unroll_2"].item() == pytest.approx(0, abs=1e-8)
     assert parts["loss"].item() == pytest.approx(parts["length"].item())
     first, second = model.decoder.seen
     mask = given["labels"] >= 0
-    assert torch.equal(first[mask], given["labels"][mask])
+    assert torch.equal(first[mask], given["labels"][mask]) == (rate == 0)
     assert torch.equal(second[mask], given["labels"][mask])
 
 
@@ -261,6 +264,30 @@ def test_a_source_is_decoded_alone_as_in_a_batch(bert):
         logits = model.decoder(ids[None], mask[row : row + 1, : len(ids)], *one)
         logs = logits.log_softmax(-1).gather(-1, ids[None, :, None])
         assert score == pytest.approx(logs.mean().item(), abs=1e-4)
+
+
+# The recipe ---------------------------------------------------------------------------------------
+
+
+def test_what_is_held_out_is_read_by_no_model(monkeypatch):
+    """Neither the pair nor one of its sides, which other pairs may have, too."""
+    pairs = [(f"Word {i % 50}", f"Wort {i // 2}") for i in range(200)]
+    monkeypatch.setattr(recipe.data, "catalog_pairs", lambda language: pairs)
+    monkeypatch.setattr(recipe, "TEST", 20)
+    text = recipe._Messages(seed=0)
+    assert len(text.test) == 20
+    held = {side for pair in text.test for side in pair}
+    assert len(held) > 20
+    trained = {side for pair in text.train for side in pair} | set(text.single)
+    assert trained
+    assert not held & trained
+    assert recipe._Messages(seed=0).test == text.test != recipe._Messages(seed=1).test
+
+
+def test_f1_counts_a_token_as_often_as_it_is_there():
+    assert recipe._f1([1, 1, 2], [1, 3]) == pytest.approx(2 * 1 / 5)
+    assert recipe._f1([1, 1, 2], [2, 1, 1]) == 1
+    assert recipe._f1([4], [1, 3]) == 0
 
 
 # What cannot be -----------------------------------------------------------------------------------
