@@ -82,6 +82,22 @@ STILLHOUSE_LIBRARY(m) {
   m.def(
       "pairwise_l1_gradient(Tensor upstream, Tensor x, Tensor y, bool want_x, bool want_y) "
       "-> (Tensor, Tensor)");
+  // Residual quantization of rows [G, N, D] by tables [G, T, K, D], T = 1 for one that all stages share
+  // (csrc/rvq). packed: the tables as the search reads them; sizes: codes that count, int64 [G, T].
+  m.def("rvq_pack(Tensor codebooks, Tensor? sizes, int metric) -> Tensor");
+  // depth: int64 [G, N], stages of each row. Gives codes int64 [G, N, Q], -1 = none; the sum of the codes
+  // [G, N, D], squared distances after each stage [G, N, Q] and how much farther the second nearest
+  // code is; what is not wanted is [0].
+  m.def(
+      "rvq_encode(Tensor x, Tensor codebooks, Tensor packed, Tensor? depth, int stages, bool want_out, "
+      "bool want_error, bool want_margin) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rvq_decode(Tensor codes, Tensor codebooks) -> Tensor");
+  // Rows and sums of residuals before each stage, of each code: [G, T, K] and [G, T, K, D].
+  m.def("rvq_statistics(Tensor x, Tensor codes, Tensor codebooks) -> (Tensor, Tensor)");
+  // Of squared distances, to rows and to the tables.
+  m.def(
+      "rvq_gradient(Tensor upstream, Tensor x, Tensor codes, Tensor codebooks, bool want_x, "
+      "bool want_codebooks) -> (Tensor, Tensor)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

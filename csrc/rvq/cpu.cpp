@@ -1,0 +1,193 @@
+// Residual quantization on the CPU. Compiled once per instruction set, in a namespace of its own: no
+// torch header and no standard-library template here, or the linker might keep the AVX-512 copy of a
+// shared inline function and run it on a machine without AVX-512.
+//
+// A row's score of a code, x c - |c|^2 / 2, is summed feature by feature in one order, whatever rows and
+// codes are worked on beside it: codes do not depend on the batch or on the number of threads.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernel.h"
+
+namespace stillhouse {
+namespace STILLHOUSE_ISA {
+namespace {
+
+#include "search.h"
+
+template <class Real>
+void pack(const Packing<Real>& p, int64_t lo, int64_t hi) {
+  const int64_t blocks = code_blocks(p.codes);
+  for (int64_t b = lo; b < hi; ++b) {
+    const int64_t t = b / blocks, first = b % blocks * kCodes;
+    const int64_t size = p.sizes == nullptr ? p.codes : p.sizes[t];
+    Real* const block = p.packed + b * block_numbers(p.width);
+    for (int64_t j = 0; j < kCodes; ++j) {
+      const int64_t k = first + j;
+      Real* const column = block + kCodes + j;
+      if (k >= size) {
+        block[j] = -INFINITY;
+        for (int64_t i = 0; i < p.width; ++i) column[i * kCodes] = 0;
+        continue;
+      }
+      const Real* const code = p.table + (t * p.codes + k) * p.width;
+      double square = 0;
+      for (int64_t i = 0; i < p.width; ++i) square += double(code[i]) * double(code[i]);
+      const bool cosine = p.metric == kCosine;
+      // A code of zeros has no direction: its cosine is 0.
+      const double scale = cosine ? 1 / root(square > 0 ? square : 1.) : 1;
+      block[j] = cosine ? Real(0) : Real(-square / 2);
+      for (int64_t i = 0; i < p.width; ++i) column[i * kCodes] = Real(double(code[i]) * scale);
+    }
+  }
+}
+
+template <class Real>
+void widen_row(const char* x, Dtype dtype, int64_t row, int64_t width, Real* to) {
+  with_type(dtype, const_cast<char*>(x) + row * width * element_size(dtype), [&](auto* from) {
+    for (int64_t i = 0; i < width; ++i) to[i] = Real(widen(from[i]));
+  });
+}
+
+template <class Real>
+void begin(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t lo, int64_t hi) {
+  for (int64_t r = lo; r < hi; ++r) {
+    const int64_t row = tile.group * q.n + tile.first + r;
+    widen_row(q.x, q.x_dtype, row, q.width, tile.residual + r * q.width);
+    if (q.out != nullptr)
+      for (int64_t i = 0; i < q.width; ++i) q.out[row * q.width + i] = 0;
+  }
+}
+
+template <class Real>
+void search(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t part,
+            int64_t lo, int64_t hi) {
+  const int64_t numbers = tile.rows * kLane<Real>, at = part * numbers;
+  for (int64_t i = 0; i < numbers; ++i) {
+    tile.score[at + i] = -INFINITY;
+    tile.place[at + i] = 0;
+    if (tile.second != nullptr) tile.second[at + i] = -INFINITY;
+  }
+  const Real* const blocks = q.blocks(tile.group, stage);
+  for (int64_t b = lo; b < hi; ++b) {
+    const Real* const block = blocks + b * block_numbers(q.width);
+    if (tile.second != nullptr)
+      score_block<Real, true>(tile, part, q.width, block, b);
+    else
+      score_block<Real, false>(tile, part, q.width, block, b);
+  }
+}
+
+// |x|^2, of a feature in each lane and then over lanes.
+template <class Real>
+Real square_of(int64_t width, const Real* x) {
+  Real lanes[kLane<Real>] = {};
+  int64_t i = 0;
+  for (; i + kLane<Real> <= width; i += kLane<Real>)
+    for (int64_t l = 0; l < kLane<Real>; ++l) lanes[l] += x[i + l] * x[i + l];
+  Real sum = 0;
+  for (; i < width; ++i) sum += x[i] * x[i];
+  for (int64_t l = 0; l < kLane<Real>; ++l) sum += lanes[l];
+  return sum;
+}
+
+// Takes the nearest code of each row off its residual.
+template <class Real>
+void settle(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t lo,
+            int64_t hi) {
+  for (int64_t r = lo; r < hi; ++r) {
+    const int64_t row = tile.first + r, of_row = tile.group * q.n + row;
+    const int64_t at = of_row * q.stages + stage;
+    const bool deep = stage < q.depth_of(tile.group, row);
+    const Nearest<Real> found = deep ? nearest(tile, r) : Nearest<Real>{0, 0, -1};
+    q.found[at] = found.code;
+    Real* const residual = tile.residual + r * q.width;
+    Real* const out = q.out == nullptr ? nullptr : q.out + of_row * q.width;
+    const Real broken = Real(NAN);
+    if (found.code < 0) {
+      if (q.error != nullptr) q.error[at] = deep ? broken : Real(0);
+      if (q.margin != nullptr) q.margin[at] = deep ? broken : Real(0);
+      for (int64_t i = 0; i < q.width && deep && out != nullptr; ++i) out[i] = broken;
+      continue;
+    }
+    const Real* const code = q.code(tile.group, stage, found.code);
+    for (int64_t i = 0; i < q.width; ++i) residual[i] -= code[i];
+    if (out != nullptr)
+      for (int64_t i = 0; i < q.width; ++i) out[i] += code[i];
+    if (q.error != nullptr) q.error[at] = square_of(q.width, residual);
+    if (q.margin != nullptr) q.margin[at] = 2 * (found.score - found.second);
+  }
+}
+
+// Sums of codes, in the order of the stages: what `settle` has put there, bit for bit.
+template <class Real>
+void decode(const Quantizer<Real>& q, int64_t lo, int64_t hi) {
+  for (int64_t of_row = lo; of_row < hi; ++of_row) {
+    Real* const out = q.out + of_row * q.width;
+    for (int64_t i = 0; i < q.width; ++i) out[i] = 0;
+    for (int64_t stage = 0; stage < q.stages; ++stage) {
+      const int64_t k = q.found[of_row * q.stages + stage];
+      if (k < 0) continue;
+      const Real* const code = q.code(of_row / q.n, stage, k);
+      for (int64_t i = 0; i < q.width; ++i) out[i] += code[i];
+    }
+  }
+}
+
+template <class Real>
+void widen_rows(const Residuals<Real>& r, int64_t lo, int64_t hi) {
+  for (int64_t row = lo; row < hi; ++row)
+    widen_row(r.x, r.x_dtype, r.group * r.n + row, r.width, r.residual + row * r.width);
+}
+
+// Of codes lo ... hi - 1 the sum over their rows, in the rows' order: of residuals, or of what a squared
+// distance's derivative to the code is made of.
+template <class Real>
+void collect(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
+  const int64_t table = r.table_of(stage);
+  for (int64_t k = lo; k < hi; ++k) {
+    const int64_t first = r.starts[k], last = r.starts[k + 1];
+    if (r.counts != nullptr) r.counts[table * r.codes + k] += Real(last - first);
+    if (r.of_codes == nullptr) continue;
+    Real* const sum = r.of_codes + (table * r.codes + k) * r.width;
+    for (int64_t at = first; at < last; ++at) {
+      const int64_t row = r.order[at];
+      const Real* const residual = r.residual + row * r.width;
+      const Real weight = r.upstream == nullptr
+                              ? Real(1)
+                              : -2 * r.upstream[(r.group * r.n + row) * r.stages + stage];
+      for (int64_t i = 0; i < r.width; ++i) sum[i] += weight * residual[i];
+    }
+  }
+}
+
+// Takes the codes of a stage off rows lo ... hi - 1.
+template <class Real>
+void advance(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
+  for (int64_t row = lo; row < hi; ++row) {
+    const int64_t of_row = r.group * r.n + row, at = of_row * r.stages + stage;
+    if (r.found[at] < 0) continue;
+    const Real* const code = r.table + (r.table_of(stage) * r.codes + r.found[at]) * r.width;
+    Real* const residual = r.residual + row * r.width;
+    for (int64_t i = 0; i < r.width; ++i) residual[i] -= code[i];
+    if (r.d_x == nullptr) continue;
+    const Real weight = 2 * r.upstream[at];
+    Real* const d_x = r.d_x + of_row * r.width;
+    for (int64_t i = 0; i < r.width; ++i) d_x[i] += weight * residual[i];
+  }
+}
+
+}  // namespace
+
+extern const RvqKernels rvq_kernels;
+const RvqKernels rvq_kernels = {
+    {kLane<float>, pack<float>, begin<float>, search<float>, settle<float>, decode<float>,
+     widen_rows<float>, collect<float>, advance<float>},
+    {kLane<double>, pack<double>, begin<double>, search<double>, settle<double>,
+     decode<double>, widen_rows<double>, collect<double>, advance<double>}};
+
+}  // namespace STILLHOUSE_ISA
+}  // namespace stillhouse

@@ -1,0 +1,220 @@
+// Residual quantization on the CPU: threads, scratch, and the ops' registration.
+#include "../core/isa.h"
+#include "../core/memory.h"
+#include "problem.h"
+
+namespace stillhouse {
+namespace baseline {
+extern const RvqKernels rvq_kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const RvqKernels rvq_kernels;
+}
+namespace avx512 {
+extern const RvqKernels rvq_kernels;
+}
+#endif
+
+namespace {
+
+const RvqKernels& kernels() {
+#if defined(__x86_64__)
+  static const RvqKernels* const tables[3] = {&baseline::rvq_kernels, &avx2::rvq_kernels,
+                                              &avx512::rvq_kernels};
+#else
+  static const RvqKernels* const tables[3] = {&baseline::rvq_kernels, nullptr, nullptr};
+#endif
+  return by_isa(tables);
+}
+const RvqSteps<float>& steps(const float*) { return kernels().f32; }
+const RvqSteps<double>& steps(const double*) { return kernels().f64; }
+
+template <class F>
+void parallel(int64_t count, int64_t grain, F f) {
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+// Rows that a thread takes through all stages at once: the more, the less often a table is read; as many as
+// a second-level cache holds, and enough tiles for a dozen threads.
+constexpr int64_t kTileBytes = 1 << 20, kMostRows = 480, kFewestRows = 48, kTiles = 12;
+
+int64_t rows_of_tile(int64_t n, int64_t width, int64_t item) {
+  int64_t rows = kTileBytes / (width * item);
+  rows = rows < kMostRows ? rows : kMostRows;
+  const int64_t even = (n + kTiles - 1) / kTiles;
+  rows = even < rows ? even : rows;
+  rows = rows > kFewestRows ? rows : kFewestRows;
+  return (rows + 5) / 6 * 6;
+}
+
+// Tiles in memory, from an address that a vector may be stored to.
+template <class Real>
+struct TileMemory {
+  int64_t residual, scores;
+
+  TileMemory(int64_t rows, int64_t parts, const Quantizer<Real>& q, int64_t lanes)
+      : residual(aligned(rows * q.width * int64_t(sizeof(Real)))),
+        scores(aligned(parts * rows * lanes * int64_t(sizeof(Real)))) {}
+
+  static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
+  int64_t bytes() const { return residual + 3 * scores + 64; }
+
+  Tile<Real> at(void* memory, int64_t group, int64_t first, int64_t rows, int64_t parts,
+                bool second) const {
+    char* const base = reinterpret_cast<char*>(
+        (reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
+    char* const numbers = base + residual;
+    return {group,
+            first,
+            rows,
+            parts,
+            reinterpret_cast<Real*>(base),
+            reinterpret_cast<Real*>(numbers),
+            second ? reinterpret_cast<Real*>(numbers + scores) : nullptr,
+            reinterpret_cast<Place<Real>*>(numbers + 2 * scores)};
+  }
+};
+
+template <class Real>
+bool any_deep(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage) {
+  for (int64_t r = 0; r < tile.rows; ++r)
+    if (stage < q.depth_of(tile.group, tile.first + r)) return true;
+  return false;
+}
+
+// Few rows: threads share the codes of each stage.
+template <class Real>
+void encode_few(const Quantizer<Real>& q, int64_t group, const Tensor& like) {
+  const RvqSteps<Real>& step = steps(q.table);
+  const int64_t blocks = code_blocks(q.codes), parts = blocks < 8 ? blocks : 8;
+  const TileMemory<Real> layout(q.n, parts, q, step.lanes);
+  const Tensor memory = torch::stable::new_empty(like, {layout.bytes()}, ScalarType::Byte);
+  const Tile<Real> tile =
+      layout.at(memory.data_ptr(), group, 0, q.n, parts, q.margin != nullptr);
+  const int64_t of_part = q.n * ((blocks + parts - 1) / parts) * kCodes * q.width;
+  step.begin(q, tile, 0, q.n);
+  for (int64_t stage = 0; stage < q.stages; ++stage) {
+    if (any_deep(q, tile, stage))
+      parallel(parts, 1 + (int64_t(1) << 18) / (of_part + 1), [&](int64_t lo, int64_t hi) {
+        for (int64_t part = lo; part < hi; ++part)
+          step.search(q, tile, stage, part, part * blocks / parts, (part + 1) * blocks / parts);
+      });
+    step.settle(q, tile, stage, 0, q.n);
+  }
+}
+
+template <class Real>
+void encode_many(const Quantizer<Real>& q) {
+  const RvqSteps<Real>& step = steps(q.table);
+  const int64_t rows = rows_of_tile(q.n, q.width, sizeof(Real));
+  const int64_t of_group = (q.n + rows - 1) / rows, blocks = code_blocks(q.codes);
+  const TileMemory<Real> layout(rows, 1, q, step.lanes);
+  parallel(q.groups * of_group, 1, [&](int64_t lo, int64_t hi) {
+    void* const memory = thread_scratch(layout.bytes());
+    for (int64_t t = lo; t < hi; ++t) {
+      const int64_t first = t % of_group * rows, left = q.n - first;
+      const Tile<Real> tile = layout.at(memory, t / of_group, first, left < rows ? left : rows, 1,
+                                        q.margin != nullptr);
+      step.begin(q, tile, 0, tile.rows);
+      for (int64_t stage = 0; stage < q.stages; ++stage) {
+        if (any_deep(q, tile, stage)) step.search(q, tile, stage, 0, 0, blocks);
+        step.settle(q, tile, stage, 0, tile.rows);
+      }
+    }
+  });
+}
+
+// Rows by their code of a stage, in order, those without one left out.
+void sort_by_code(const int64_t* found, int64_t n, int64_t stages, int64_t codes, int64_t* starts,
+                  int64_t* order) {
+  for (int64_t k = 0; k <= codes; ++k) starts[k] = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t k = found[row * stages];
+    if (k >= 0) ++starts[k + 1];
+  }
+  for (int64_t k = 0; k < codes; ++k) starts[k + 1] += starts[k];
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t k = found[row * stages];
+    if (k >= 0) order[starts[k]++] = row;
+  }
+  // Each start has moved to its end, the next one's start.
+  for (int64_t k = codes; k > 0; --k) starts[k] = starts[k - 1];
+  starts[0] = 0;
+}
+
+void check_found(const int64_t* found, int64_t count, int64_t codes) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(-1 <= found[i] && found[i] < codes, "code ", found[i], " of a table of ",
+                    codes);
+}
+
+struct Cpu {
+  static Tensor output(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+    Tensor out = torch::stable::new_empty(like, shape, dtype);
+    advise_huge_pages(out, out.numel() * int64_t(out.element_size()));
+    return out;
+  }
+  static Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::new_zeros(like, shape, dtype);
+  }
+
+  template <class Real>
+  static void pack(const Packing<Real>& p, const Tensor&) {
+    const int64_t grain = 1 + (int64_t(1) << 15) / block_numbers(p.width);
+    parallel(p.tables * code_blocks(p.codes), grain,
+             [&](int64_t lo, int64_t hi) { steps(p.table).pack(p, lo, hi); });
+  }
+
+  template <class Real>
+  static void encode(const Quantizer<Real>& q, const Tensor& like) {
+    if (q.n >= kTiles * kFewestRows) return encode_many(q);
+    for (int64_t group = 0; group < q.groups; ++group) encode_few(q, group, like);
+  }
+
+  template <class Real>
+  static void decode(const Quantizer<Real>& q, const Tensor&) {
+    check_found(q.found, q.groups * q.n * q.stages, q.codes);
+    const int64_t grain = 1 + (int64_t(1) << 15) / (q.stages * q.width + 1);
+    parallel(q.groups * q.n, grain,
+             [&](int64_t lo, int64_t hi) { steps(q.table).decode(q, lo, hi); });
+  }
+
+  template <class Real>
+  static void follow(Residuals<Real> r, const Tensor& like) {
+    const RvqSteps<Real>& step = steps(r.table);
+    check_found(r.found, r.groups * r.n * r.stages, r.codes);
+    const int64_t bytes = r.n * r.width * int64_t(sizeof(Real)) + 8 * (r.n + r.codes + 1);
+    const Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    int64_t* const order = static_cast<int64_t*>(memory.data_ptr());
+    int64_t* const starts = order + r.n;
+    r.order = order, r.starts = starts;
+    r.residual = reinterpret_cast<Real*>(starts + r.codes + 1);
+    const int64_t of_rows = 1 + (int64_t(1) << 15) / (r.width + 1);
+    const int64_t of_codes = 1 + of_rows * r.codes / (r.n + r.codes);
+    const bool after = r.upstream != nullptr;
+    for (r.group = 0; r.group < r.groups; ++r.group) {
+      parallel(r.n, of_rows, [&](int64_t lo, int64_t hi) { step.widen_rows(r, lo, hi); });
+      for (int64_t stage = 0; stage < r.stages; ++stage) {
+        const auto advance = [&] {
+          parallel(r.n, of_rows, [&](int64_t lo, int64_t hi) { step.advance(r, stage, lo, hi); });
+        };
+        if (after) advance();
+        if (r.of_codes != nullptr) {
+          sort_by_code(r.found + r.group * r.n * r.stages + stage, r.n, r.stages, r.codes, starts,
+                       order);
+          parallel(r.codes, of_codes,
+                   [&](int64_t lo, int64_t hi) { step.collect(r, stage, lo, hi); });
+        }
+        if (!after) advance();
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace stillhouse
+
+STABLE_TORCH_LIBRARY_IMPL(stillhouse, CPU, m) {
+  stillhouse::RvqOps<stillhouse::Cpu>::register_ops(m);
+}
