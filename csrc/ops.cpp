@@ -89,7 +89,8 @@ STILLHOUSE_LIBRARY(m) {
   // [G, N, D], squared distances after each stage [G, N, Q] and how much farther the second nearest
   // code is; what is not wanted is [0].
   m.def(
-      "rvq_encode(Tensor x, Tensor codebooks, Tensor packed, Tensor? depth, int stages, bool want_out, "
+      "rvq_encode(Tensor x, Tensor codebooks, Tensor packed, Tensor? depth, int stages, bool "
+      "want_out, "
       "bool want_error, bool want_margin) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("rvq_decode(Tensor codes, Tensor codebooks) -> Tensor");
   // Rows and sums of residuals before each stage, of each code: [G, T, K] and [G, T, K, D].

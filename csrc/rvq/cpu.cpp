@@ -186,8 +186,8 @@ extern const RvqKernels rvq_kernels;
 const RvqKernels rvq_kernels = {
     {kLane<float>, pack<float>, begin<float>, search<float>, settle<float>, decode<float>,
      widen_rows<float>, collect<float>, advance<float>},
-    {kLane<double>, pack<double>, begin<double>, search<double>, settle<double>,
-     decode<double>, widen_rows<double>, collect<double>, advance<double>}};
+    {kLane<double>, pack<double>, begin<double>, search<double>, settle<double>, decode<double>,
+     widen_rows<double>, collect<double>, advance<double>}};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

@@ -23,8 +23,8 @@ struct Quantizer {
   const int64_t* depth;  // [G, N]: stages of each row; null: all
   int64_t* found;        // [G, N, Q], -1 beyond a row's depth and in rows that are not finite
   Real* out;             // [G, N, D], the sum of the codes, or null
-  Real* error;           // [G, N, Q], squared distance after each stage, 0 beyond the depth, or null
-  Real* margin;          // [G, N, Q], how much farther the second nearest code is, squared, or null
+  Real* error;   // [G, N, Q], squared distance after each stage, 0 beyond the depth, or null
+  Real* margin;  // [G, N, Q], how much farther the second nearest code is, squared, or null
 
   SH_INLINE int64_t table_of(int64_t group, int64_t stage) const {
     return group * tables + (tables == 1 ? 0 : stage);
@@ -68,9 +68,9 @@ using Place = typename PlaceOf<Real>::type;
 template <class Real>
 struct Tile {
   int64_t group, first, rows, parts;
-  Real* residual;  // [rows, D]
-  Real* score;     // [parts, rows, lanes]
-  Real* second;    // the same; null: not asked for
+  Real* residual;      // [rows, D]
+  Real* score;         // [parts, rows, lanes]
+  Real* second;        // the same; null: not asked for
   Place<Real>* place;  // the same
 };
 
@@ -99,7 +99,7 @@ struct Residuals {
 
 template <class Real>
 struct RvqSteps {
-  int64_t lanes;  // a row's numbers in Tile::score
+  int64_t lanes;                                                 // a row's numbers in Tile::score
   void (*pack)(const Packing<Real>& p, int64_t lo, int64_t hi);  // blocks of all tables
   void (*begin)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t lo, int64_t hi);
   void (*search)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t part,

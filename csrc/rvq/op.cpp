@@ -62,8 +62,8 @@ struct TileMemory {
 
   Tile<Real> at(void* memory, int64_t group, int64_t first, int64_t rows, int64_t parts,
                 bool second) const {
-    char* const base = reinterpret_cast<char*>(
-        (reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
+    char* const base =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
     char* const numbers = base + residual;
     return {group,
             first,
@@ -90,8 +90,7 @@ void encode_few(const Quantizer<Real>& q, int64_t group, const Tensor& like) {
   const int64_t blocks = code_blocks(q.codes), parts = blocks < 8 ? blocks : 8;
   const TileMemory<Real> layout(q.n, parts, q, step.lanes);
   const Tensor memory = torch::stable::new_empty(like, {layout.bytes()}, ScalarType::Byte);
-  const Tile<Real> tile =
-      layout.at(memory.data_ptr(), group, 0, q.n, parts, q.margin != nullptr);
+  const Tile<Real> tile = layout.at(memory.data_ptr(), group, 0, q.n, parts, q.margin != nullptr);
   const int64_t of_part = q.n * ((blocks + parts - 1) / parts) * kCodes * q.width;
   step.begin(q, tile, 0, q.n);
   for (int64_t stage = 0; stage < q.stages; ++stage) {
@@ -114,8 +113,8 @@ void encode_many(const Quantizer<Real>& q) {
     void* const memory = thread_scratch(layout.bytes());
     for (int64_t t = lo; t < hi; ++t) {
       const int64_t first = t % of_group * rows, left = q.n - first;
-      const Tile<Real> tile = layout.at(memory, t / of_group, first, left < rows ? left : rows, 1,
-                                        q.margin != nullptr);
+      const Tile<Real> tile =
+          layout.at(memory, t / of_group, first, left < rows ? left : rows, 1, q.margin != nullptr);
       step.begin(q, tile, 0, tile.rows);
       for (int64_t stage = 0; stage < q.stages; ++stage) {
         if (any_deep(q, tile, stage)) step.search(q, tile, stage, 0, 0, blocks);

@@ -79,14 +79,14 @@ struct RvqOps {
 
   template <class Real>
   static Encoded encode_of(const Tensor& x, const Tensor& codebooks, const Tensor& packed,
-                           const MaybeTensor& depth, int64_t stages, bool want_out,
-                           bool want_error, bool want_margin) {
+                           const MaybeTensor& depth, int64_t stages, bool want_out, bool want_error,
+                           bool want_margin) {
     std::vector<Tensor> hold;
     Quantizer<Real> q = make<Real>(codebooks, x.size(1), stages, hold);
-    STD_TORCH_CHECK(packed.scalar_type() == codebooks.scalar_type() && packed.is_contiguous() &&
-                        packed.numel() == q.groups * q.tables * code_blocks(q.codes) *
-                                              block_numbers(q.width),
-                    "packed is what rvq_pack made of these codebooks");
+    STD_TORCH_CHECK(
+        packed.scalar_type() == codebooks.scalar_type() && packed.is_contiguous() &&
+            packed.numel() == q.groups * q.tables * code_blocks(q.codes) * block_numbers(q.width),
+        "packed is what rvq_pack made of these codebooks");
     q.packed = static_cast<const Real*>(packed.const_data_ptr());
     q.x = static_cast<const char*>(contiguous_of(x, hold).const_data_ptr());
     q.x_dtype = dtype_of(x);
@@ -196,8 +196,8 @@ struct RvqOps {
                     "upstream is [G, N, Q], of the codebooks' type");
     r.upstream = static_cast<const Real*>(contiguous_of(upstream, hold).const_data_ptr());
     const std::vector<int64_t> none{0};
-    const Tensor d_x = Backend::zeros(
-        x, want_x ? std::vector<int64_t>{r.groups, r.n, r.width} : none, real);
+    const Tensor d_x =
+        Backend::zeros(x, want_x ? std::vector<int64_t>{r.groups, r.n, r.width} : none, real);
     const Tensor d_codebooks = Backend::zeros(
         x, want_codebooks ? std::vector<int64_t>{r.groups, r.tables, r.codes, r.width} : none,
         real);

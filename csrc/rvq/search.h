@@ -132,9 +132,10 @@ SH_INLINE Nearest<Real> nearest(const Tile<Real>& tile, int64_t r) {
       found.second = loser > found.second ? loser : found.second;
       if (tile.second != nullptr && tile.second[at + lane] > found.second)
         found.second = tile.second[at + lane];
-      // A row that is not finite leaves all scores where they began.
       if (higher && score > -INFINITY) found.score = score, found.code = code;
     }
   }
+  // A row that is not finite has no score above where they began, or infinite ones.
+  if (!(found.score < INFINITY)) found.code = -1;
   return found;
 }

@@ -33,6 +33,14 @@ from .kinds import (
 )
 from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
 from .row_state import RowState, merge_row_states, row_state
+from .rvq import (
+    ResidualCodes,
+    rvq,
+    rvq_decode,
+    rvq_encode,
+    rvq_pack,
+    rvq_statistics,
+)
 from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
 
@@ -57,6 +65,7 @@ __all__ = [
     "LogAcceptance",
     "MSELogits",
     "Renyi",
+    "ResidualCodes",
     "ReverseKL",
     "RowState",
     "SkewKL",
@@ -77,6 +86,11 @@ __all__ = [
     "merge_row_states",
     "pairwise_l1",
     "row_state",
+    "rvq",
+    "rvq_decode",
+    "rvq_encode",
+    "rvq_pack",
+    "rvq_statistics",
     "sinkhorn",
     "sinkhorn_points",
 ]

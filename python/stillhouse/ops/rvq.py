@@ -1,0 +1,243 @@
+"""Residual vector quantization: rows as sums of codes, a code from each of several tables."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rvq_autograd
+from .rvq_autograd import CODES, GRADIENTS, METRICS, Decoded, Quantized, pack
+
+
+class ResidualCodes(NamedTuple):
+    """What `rvq` has found."""
+
+    out: Tensor  # [..., D], the sum of a row's codes
+    codes: Tensor  # int64 [..., Q]; -1 beyond a row's depth, and in rows that are not finite
+    error: Tensor  # [..., Q], squared distance of a row after each stage; 0 beyond its depth
+
+
+def rvq_encode(
+    x: Tensor,
+    codebooks: Tensor,
+    *,
+    metric: str = "l2",
+    num_quantizers: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    sizes: Tensor | None = None,
+    packed: Tensor | None = None,
+    return_margin: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The code of each row in each table: the nearest to what the stages before have left of it.
+
+    Args:
+        x: rows [..., D], float32, bfloat16, float16 or float64.
+        codebooks: tables [Q, K, D], one for each stage; `table.expand(Q, K, D)` is one that all
+            stages share, and is not copied. With a leading G, rows [G, ..., D] have tables of
+            their own in each group. float64 where x is.
+        metric: "l2", or "cosine", by which the code is chosen whose direction is nearest. What is
+            taken off a row is the code as it is in the table.
+        num_quantizers: stages, of all rows or int64 [...] of each; all that there are if None.
+        mask: bool [...]; False = the row is not quantized.
+        sizes: int64 [Q] or [G, Q], codes that count of each table.
+        packed: `rvq_pack` of the same tables with the same metric and sizes, where they stay.
+        return_margin: also return how much farther than the nearest code the second one is, as a
+            difference of squared distances [..., Q] ("cosine": twice that of |r| cos).
+
+    Returns:
+        int64 [..., Q], -1 beyond a row's depth and in rows that are not finite. Of equally near
+        codes the lowest. A row's codes do not depend on the rows beside it, nor on threads.
+
+    Raises:
+        ValueError: shapes, ranges or devices that do not fit, more quantizers than tables.
+        TypeError: a dtype outside the lists above.
+
+    Example:
+        >>> import torch
+        >>> from stillhouse import ops
+        >>> coarse, fine = torch.tensor([[0.0], [4.0]]), torch.tensor([[-1.0], [1.0]])
+        >>> ops.rvq_encode(torch.tensor([[3.2], [0.7]]), torch.stack([coarse, fine]))
+        tensor([[1, 0],
+                [0, 1]])
+    """
+    call = _Call(x, codebooks, metric, num_quantizers, mask, sizes, packed)
+    with torch.no_grad():
+        codes, _, _, margin = rvq_autograd.encode(call, want_margin=return_margin)
+    codes = call.shaped(codes)
+    return (codes, call.shaped(margin)) if return_margin else codes
+
+
+def rvq_pack(codebooks: Tensor, *, metric: str = "l2", sizes: Tensor | None = None) -> Tensor:
+    """The tables as the search reads them: what `packed=` of `rvq_encode` and `rvq` takes, worth
+    keeping where tables stay and rows are few. Arguments and errors as there."""
+    tables = _tables(codebooks)
+    return pack(tables, metric, _sizes(sizes, tables))
+
+
+def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """The sum of the codes, [..., D] of int64 [..., Q], in the stages' order; -1 adds nothing.
+
+    codebooks: as in `rvq_encode`; Q may be fewer than there are tables. Differentiable in the
+    tables. Raises ValueError for shapes that do not fit, more stages than tables, and on the CPU
+    for codes outside of a table.
+    """
+    tables = _tables(codebooks)
+    grouped = codebooks.dim() == 4
+    if codes.dim() < 1 + grouped or (grouped and codes.shape[0] != len(tables)):
+        raise ValueError(
+            f"codes must be [..., Q], or [G, ..., Q] with {len(tables)} groups of tables, got "
+            f"{tuple(codes.shape)}"
+        )
+    stages = codes.shape[-1]
+    if tables.shape[1] > 1 and stages > tables.shape[1]:
+        raise ValueError(f"{stages} stages of codes and {tables.shape[1]} codebooks")
+    flat = codes.reshape(len(tables), -1, stages).long()
+    out = Decoded.apply(flat, tables)
+    return out.view(*codes.shape[:-1], tables.shape[-1])
+
+
+def rvq(
+    x: Tensor,
+    codebooks: Tensor,
+    *,
+    grad: str = "ste",
+    metric: str = "l2",
+    num_quantizers: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    sizes: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> ResidualCodes:
+    """Rows quantized, with a gradient.
+
+    Arguments, shapes and errors as in `rvq_encode`, and `grad`, what out's derivative to x is said
+    to be, since the true one is 0. Published quantizers differ here:
+
+    - "ste": the identity; each stage's error has its own gradient to x (Mimi).
+    - "rotation": lambda R, the rotation that takes x to out and the ratio of their lengths
+      (arXiv 2410.06424), of the whole sum; "rotation_per_stage" is the sum of that of each stage
+      (vector-quantize-pytorch's default).
+    - "stage_sum": the identity times the number of stages (vector-quantize-pytorch's
+      straight-through form).
+    - "encodec": the identity; errors beyond the first stage have no gradient to x.
+
+    error's gradient to the tables is that of |r - c|^2 with r fixed, out's is none.
+    """
+    if grad not in GRADIENTS:
+        raise ValueError(f"grad must be one of {', '.join(GRADIENTS)}, got {grad!r}")
+    call = _Call(x, codebooks, metric, num_quantizers, mask, sizes, packed)
+    codes, out, error = Quantized.apply(call, grad, call.x, call.tables)
+    return ResidualCodes(call.shaped(out), call.shaped(codes), call.shaped(error))
+
+
+def rvq_statistics(
+    x: Tensor, codes: Tensor, codebooks: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What moving averages of the tables are made of: how many rows each code was given, [Q, K],
+    and the sum of what it stands for, [Q, K, D]: residuals before its stage. Codes -1 do not count.
+
+    x [..., D], codes [..., Q], codebooks as in `rvq_encode`; the results have their shapes, one
+    table where one is shared. Summed in the rows' order, whatever the number of threads.
+    """
+    call = _Call(x, codebooks, "l2", codes.shape[-1], None, None, None)
+    if codes.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"{tuple(codes.shape)} codes of {tuple(x.shape)} rows")
+    flat = codes.reshape(*call.x.shape[:2], codes.shape[-1]).long()
+    if mask is not None:
+        flat = flat.masked_fill(~_of_rows("mask", mask, x, call)[..., None], -1)
+    with torch.no_grad():
+        counts, sums = rvq_autograd.statistics(call.x, flat, call.tables)
+    return (counts, sums) if codebooks.dim() == 4 else (counts[0], sums[0])
+
+
+class _Call:
+    """Checked arguments as the op takes them: rows [G, N, D], tables [G, T, K, D]."""
+
+    def __init__(self, x, codebooks, metric, num_quantizers, mask, sizes, packed):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+        self.tables = _tables(codebooks, x)
+        self.grouped = codebooks.dim() == 4
+        groups, width = self.tables.shape[0], self.tables.shape[-1]
+        if x.dim() < 1 + self.grouped or x.shape[-1] != width:
+            raise ValueError(
+                f"x must be [..., {width}] for codes of this width, got {tuple(x.shape)}"
+            )
+        if self.grouped and x.shape[0] != groups:
+            raise ValueError(f"{groups} groups of tables and {x.shape[0]} of rows")
+        if x.device != codebooks.device:
+            raise ValueError(f"x is on {x.device}, codebooks on {codebooks.device}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        self.leading, self.metric = x.shape[:-1], metric
+        self.x = x.reshape(groups, -1, width)
+        most = codebooks.shape[-3]
+        self.depth, self.stages = None, most
+        if isinstance(num_quantizers, Tensor):
+            self.depth = _of_rows("num_quantizers", num_quantizers, x, self).long()
+        elif num_quantizers is not None:
+            if not 1 <= num_quantizers <= most:
+                raise ValueError(
+                    f"num_quantizers must be from 1 to {most}, the number of codebooks, got "
+                    f"{num_quantizers}"
+                )
+            self.stages = num_quantizers
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be bool, got {mask.dtype}")
+            rows = _of_rows("mask", mask, x, self)
+            depth = torch.full_like(rows, self.stages, dtype=torch.int64)
+            self.depth = (depth if self.depth is None else self.depth).masked_fill(~rows, 0)
+        self.sizes = _sizes(sizes, self.tables)
+        self.given = packed
+
+    @property
+    def packed(self) -> Tensor:
+        """The tables as the search reads them, made here unless they were given."""
+        if self.given is None:
+            return pack(self.tables, self.metric, self.sizes)
+        groups, count, size, width = self.tables.shape
+        if self.given.shape != (groups, count, -(-size // CODES), width + 1, CODES):
+            raise ValueError("packed was made of tables of another shape: rvq_pack them again")
+        return self.given
+
+    def shaped(self, found: Tensor) -> Tensor:
+        """[G, N, ...] as the rows came."""
+        return found.view(*self.leading, found.shape[-1])
+
+
+def _tables(codebooks: Tensor, x: Tensor | None = None) -> Tensor:
+    """[G, T, K, D], T = 1 where all stages share a table."""
+    if not isinstance(codebooks, Tensor) or codebooks.dim() not in (3, 4):
+        raise ValueError(
+            "codebooks must be [Q, K, D], or [G, Q, K, D] in groups, got "
+            f"{tuple(getattr(codebooks, 'shape', ()))}"
+        )
+    if 0 in codebooks.shape:
+        raise ValueError(f"codebooks of shape {tuple(codebooks.shape)} have no code")
+    if x is not None and (x.dtype == torch.float64) != (codebooks.dtype == torch.float64):
+        raise TypeError(f"x is {x.dtype} and codebooks {codebooks.dtype}: float64 goes with itself")
+    if codebooks.dtype not in (torch.float32, torch.float64):
+        codebooks = codebooks.float()
+    if codebooks.stride(-3) == 0:
+        codebooks = codebooks.narrow(-3, 0, 1)
+    return codebooks if codebooks.dim() == 4 else codebooks[None]
+
+
+def _sizes(sizes: Tensor | None, tables: Tensor) -> Tensor | None:
+    if sizes is None:
+        return None
+    if sizes.numel() != tables.shape[0] * tables.shape[1]:
+        raise ValueError(f"sizes must be one for each table, got {tuple(sizes.shape)}")
+    return sizes.reshape(tables.shape[:2]).long()
+
+
+def _of_rows(name: str, given: Tensor, x: Tensor, call: _Call) -> Tensor:
+    """[G, N] of what broadcasts to the rows."""
+    try:
+        return given.expand(x.shape[:-1]).reshape(call.x.shape[:2])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must have the rows' shape {tuple(x.shape[:-1])}, got {tuple(given.shape)}"
+        ) from None
