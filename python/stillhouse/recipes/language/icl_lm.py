@@ -93,14 +93,14 @@ def _train(lm: nn.Module, tasks: SectionTasks) -> None:
     draw, body, blocks = random.Random(0), lm.model, lm.model.layers
 
     def words() -> list[Row]:
-        return [_task(tasks, draw, (2, 4), 8, named=True) for _ in range(48)]
+        return [examples(tasks, draw, (2, 4), 9, named=True) for _ in range(48)]
 
     def sections() -> list[Row]:
         rows = [tasks.text(1, draw) for _ in range(256)]
         return [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
 
     def all_tasks() -> list[Row]:
-        rows = [_task(tasks, draw, (2, 2, 4), 8) for _ in range(20)]
+        rows = [examples(tasks, draw, (2, 2, 4), 9) for _ in range(20)]
         texts = [tasks.text(9, draw) for _ in range(4)]
         after = [[i > 0 and ids[i - 1] == SEPARATOR for i in range(len(ids))] for ids in texts]
         return rows + list(zip(texts, after, strict=True))
@@ -115,15 +115,15 @@ def _train(lm: nn.Module, tasks: SectionTasks) -> None:
     body.layers, lm.config.layer_types = blocks, LAYERS
 
 
-def _task(
-    tasks: SectionTasks, draw: random.Random, ways: tuple, k: int, named: bool = False
+def examples(
+    tasks: SectionTasks, draw: random.Random, ways: tuple, count: int, named: bool = False
 ) -> Row:
-    """k examples and one more, "summary : word" or, `named`, "section word"."""
+    """So many examples of one task, "summary : word" or, `named`, "section word"."""
     some = tasks.sections_of(draw.choice(ways), draw)
     labels = draw.sample(tasks.labels, len(some))
     ids: list[int] = []
     marks: list[bool] = []
-    for _ in range(k + 1):
+    for _ in range(count):
         i = draw.randrange(len(some))
         given = [tasks.section_id[some[i]]] if named else draw.choice(tasks.train[some[i]])
         ids += [*given, labels[i]]
