@@ -127,4 +127,4 @@ class FillInMiddle:
 
 def _choose(n: int, k: int, generator: torch.Generator) -> list[int]:
     """k of range(n) in order, every choice as likely as any other."""
-    return torch.randperm(n, generator=generator)[:k].sort().values.tolist()
+    return sorted(torch.randperm(n, generator=generator)[:k].tolist())

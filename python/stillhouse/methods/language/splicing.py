@@ -24,9 +24,10 @@ def rewritten(
     max_length: int | None,
 ) -> Example:
     ids, pieces = split_documents(ids, document_ids)
-    reserved = np.isin(ids, (*sentinels.masks, sentinels.separator, sentinels.end_of_span))
-    if reserved.any():
-        raise ValueError(f"id {ids[reserved][0]} of the text is a sentinel: text has none of them")
+    reserved = {*sentinels.masks, sentinels.separator, sentinels.end_of_span}
+    taken = reserved.intersection(ids.tolist())
+    if taken:
+        raise ValueError(f"id {min(taken)} of the text is a sentinel: text has none of them")
     streams, losses, targets_at = [], [], None
     for piece in pieces:
         stream, loss, targets_at = _cut(piece.tolist(), spans_of(len(piece)), sentinels, loss_on)

@@ -2,7 +2,7 @@
 hole better from both of its sides than a causal one from the left, and what does it cost it from
 left to right?
 
-Documents are 32 symbols long, with a hole of 3. A model is an MLP that sees the 6 symbols on the
+Documents are 16 symbols long, with a hole of 3. A model is an MLP that sees the 6 symbols on the
 left of the next one and, while it fills a hole, the 6 behind that and how far it has come: it is
 told where the mask stood, which a transformer of this size does not find out in minutes. Two from
 the same start on the same documents: each as it is, or with probability 1/2 with its hole asked for
@@ -24,8 +24,8 @@ from stillhouse.report import Report
 from stillhouse.train import supervised_rows
 from stillhouse.train.examples import Example, collate
 
-LENGTH, HOLE, NEAR = 32, 3, 6
-BATCH, STEPS, HELD_OUT = 96, 800, 3000
+LENGTH, HOLE, NEAR = 16, 3, 6
+BATCH, STEPS, HELD_OUT = 192, 2700, 3000
 WORDS = Sentinels((VOCABULARY,), VOCABULARY + 1, VOCABULARY + 2, VOCABULARY + 3)
 NOTHING = VOCABULARY + 4  # before the first token
 CAUSAL, MIXTURE = "causal", "mixture"

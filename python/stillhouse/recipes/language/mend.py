@@ -5,10 +5,11 @@ demonstrations says which is which. The frozen language model has learnt to use 
 some two minutes more, once, and is kept in the user's cache. The distiller begins as a copy of its
 body, each placeholder as the sum of two label words, which makes it look for examples of these, and
 vectors as large as embeddings. Stage A learns from text of the kind that the language model has
-read, examples of any two sections, all but the last of which are distilled; stage B from tasks of
-40 pairs. Measured on 10 other pairs, which neither model has met, and on packages that nobody
-has seen; each task once more with its two words exchanged, so that a word which is likelier in
-itself gains nothing and zero-shot is .5.
+read, examples of any two sections, all but the last of which are distilled; stage B, a short one,
+from tasks of 40 pairs (a distiller without stage A has had no more than that). Measured on 10 other
+pairs, which neither model has met, and on packages that nobody has seen; each task once more with
+its two words exchanged, so that a word which is likelier in itself gains nothing and zero-shot is
+.5.
 """
 
 import copy
@@ -39,8 +40,8 @@ from stillhouse.report import Report
 from stillhouse.train import Stage, run_stages
 
 VECTORS, K = 16, 8
-STEPS_A, STEPS_B, BATCH = 400, 60, 24
-RATE_A, RATE_B, WARM_UP = 4e-3, 1e-3, 20
+STEPS_A, STEPS_B, BATCH = 480, 60, 24
+RATE_A, RATE_B, WARM_UP = 3e-3, 1e-3, 40
 TASKS, QUERIES = 4, 25  # of each pair that is measured
 NAMES = ("zero-shot", "random vectors", "MEND, no stage A", "MEND", "in-context learning")
 
