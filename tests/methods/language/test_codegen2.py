@@ -277,15 +277,16 @@ def test_pass_at_k_refuses(n, c, k):
 
 
 def test_the_recipes_model_sees_both_sides_and_nothing_that_is_to_come():
-    """Of a document 1 .. 32: what is before a symbol, what is behind its hole; and no context
+    """Of a document 1 .. n: what is before a symbol, what is behind its hole; and no context
     changes with the tokens that come after it."""
-    document, drawn = np.arange(1, 33, dtype=np.int32), torch.Generator().manual_seed(0)
+    end = recipe.LENGTH + 1
+    document, drawn = np.arange(1, end, dtype=np.int32), torch.Generator().manual_seed(0)
     for _ in range(20):
         example = recipe._corruption()(document, generator=drawn)
         contexts, targets = recipe._rows([example])
         first = int(targets[0])
         before = [recipe.NOTHING] * 6 + list(range(1, first))
-        behind = [*range(first + 3, 33), recipe.WORDS.end_of_text] + [recipe.NOTHING] * 6
+        behind = [*range(first + 3, end), recipe.WORDS.end_of_text] + [recipe.NOTHING] * 6
         for count, row in enumerate(contexts.tolist()):
             left = [*before, *range(first, first + count)][-6:]
             assert row == [*left, *behind[:6], count]
@@ -297,4 +298,4 @@ def test_the_recipes_model_sees_both_sides_and_nothing_that_is_to_come():
             assert torch.equal(other[: count + 1], contexts[: count + 1])
     contexts, targets = recipe._rows([CausalLM()(document)])
     assert contexts[9].tolist() == [5, 6, 7, 8, 9, 10] + [recipe.NOTHING] * 7
-    assert targets.tolist() == list(range(2, 33))
+    assert targets.tolist() == list(range(2, end))
