@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -144,26 +145,24 @@ def test_resumed_with_what_was_replayed(llama, arguments, examples, tmp_path):
     teacher = llama(3, seed=1)
     options = dict(max_new_tokens=4, prompt_tokens=3)
 
+    class Stop(Exception):
+        pass
+
     def run(folder, steps, **more):
         training = arguments(
             max_steps=6, save_steps=3, save_strategy="steps", output_dir=str(tmp_path / folder)
         )
         respond = OnPolicy(0.8, replay=Replay(8), seed=3, **options)
         trainer = trainer_of(llama(), training, examples, teacher, on_policy=respond)
-        if steps < 6:
+        finish = trainer.finish_step
 
-            class Stop(Exception):
-                pass
+        def finish_or_stop(seconds):
+            finish(seconds)
+            if trainer.state.global_step == steps < 6:
+                raise Stop
 
-            def stop(*_, **__):
-                if trainer.state.global_step == steps:
-                    raise Stop
-
-            trainer.finish_step, finish = stop, trainer.finish_step
-            trainer.finish_step = lambda seconds: (finish(seconds), stop())
-            with pytest.raises(Stop):
-                trainer.train()
-        else:
+        trainer.finish_step = finish_or_stop
+        with pytest.raises(Stop) if steps < 6 else nullcontext():
             trainer.train(**more)
         return trainer
 

@@ -169,7 +169,9 @@ def build_objective(arguments: DistillArguments) -> Objective:
 def build_on_policy(arguments: DistillArguments, training: Any) -> OnPolicy | None:
     """What `--on_policy` and the flags beside it ask for. Raises UsageError for what contradicts
     itself."""
-    if arguments.on_policy == 0 and not arguments.on_policy_adapts:
+    if not 0 <= arguments.on_policy <= 1:
+        raise UsageError(f"--on_policy is a share in [0, 1], got {arguments.on_policy}")
+    if not arguments.student_responds:
         if arguments.replay:
             raise UsageError(
                 "--replay is of the student's responses: name their share, --on_policy"

@@ -96,8 +96,7 @@ class Job:
             models.check_pair(self._fresh, self.teacher, own, self.tokenizer, arguments.vocab_size)
         else:
             models.check_vocabulary(self._fresh, self.tokenizer, arguments.vocab_size)
-        responds = arguments.on_policy > 0 or arguments.on_policy_adapts
-        response = arguments.max_new_tokens if responds else 0
+        response = arguments.max_new_tokens if arguments.student_responds else 0
         models.check_length(self._fresh, self.teacher, arguments.max_length, response)
         numbers, held = split(arguments, records)
         if other is not None:

@@ -120,6 +120,11 @@ class DistillArguments:
         "delete the checkpoints that output_dir already holds, unless --resume is given", False
     )
 
+    @property
+    def student_responds(self) -> bool:
+        """Whether the student writes responses while it trains."""
+        return self.on_policy > 0 or self.on_policy_adapts
+
 
 def parse(argv: Sequence[str]) -> tuple[DistillArguments, Any]:
     """(DistillArguments, TrainingArguments) of a command line.

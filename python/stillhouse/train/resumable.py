@@ -135,16 +135,15 @@ class ResumableTrainer(Trainer):
     # --- what a run has beside the Trainer's own state ----------------------------------------
 
     def run_state(self) -> dict[str, Any]:
-        """The same on all processes."""
-        raise NotImplementedError
+        """What all processes have in common; nothing, unless a trainer says otherwise."""
+        return {}
 
     def process_state(self) -> dict[str, Any]:
-        """Each process's own."""
-        raise NotImplementedError
+        """What each process has of its own; likewise."""
+        return {}
 
     def load_run_state(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Go on from both."""
-        raise NotImplementedError
 
     # --- stopping in time ---------------------------------------------------------------------
 
