@@ -87,11 +87,18 @@ STILLHOUSE_LIBRARY(m) {
   m.def("rvq_pack(Tensor codebooks, Tensor? sizes, int metric) -> Tensor");
   // depth: int64 [G, N], stages of each row. Gives codes int64 [G, N, Q], -1 = none; the sum of the codes
   // [G, N, D], squared distances after each stage [G, N, Q] and how much farther the second nearest
-  // code is; what is not wanted is [0].
+  // code is; what is not wanted is [0]. coupling [G, Q D, Q D]: x and out are [G, N, Q D], a row and a
+  // code for each stage, and code numbers j take coupling[j, i] of themselves off later numbers i.
   m.def(
-      "rvq_encode(Tensor x, Tensor codebooks, Tensor packed, Tensor? depth, int stages, bool "
-      "want_out, "
-      "bool want_error, bool want_margin) -> (Tensor, Tensor, Tensor, Tensor)");
+      "rvq_encode(Tensor x, Tensor codebooks, Tensor packed, Tensor? depth, Tensor? coupling, "
+      "int stages, bool want_out, bool want_error, bool want_margin) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  // The k nearest codes of each row in a table [G, 1, K, D], or with sharpness > 0 those with the highest
+  // sharpness score + noise, the noise of (seed, position, node, code): int64 and squared distances
+  // [G, N, k].
+  m.def(
+      "rvq_candidates(Tensor x, Tensor codebooks, Tensor packed, int k, float sharpness, int seed, "
+      "int node, Tensor? position) -> (Tensor, Tensor)");
   m.def("rvq_decode(Tensor codes, Tensor codebooks) -> Tensor");
   // Rows and sums of residuals before each stage, of each code: [G, T, K] and [G, T, K, D].
   m.def("rvq_statistics(Tensor x, Tensor codes, Tensor codebooks) -> (Tensor, Tensor)");

@@ -47,6 +47,12 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// x, or a contiguous copy that lives as long as `hold`.
+inline Tensor contiguous_of(const Tensor& x, std::vector<Tensor>& hold) {
+  hold.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+  return hold.back();
+}
+
 inline int64_t count_rows(const Tensor& x) {
   int64_t n = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);

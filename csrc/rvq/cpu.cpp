@@ -45,20 +45,41 @@ void pack(const Packing<Real>& p, int64_t lo, int64_t hi) {
   }
 }
 
+// Numbers first ... first + count - 1 of x.
+template <class Real>
+void widen_some(const char* x, Dtype dtype, int64_t first, int64_t count, Real* to) {
+  with_type(dtype, const_cast<char*>(x) + first * element_size(dtype), [&](auto* from) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Real(widen(from[i]));
+  });
+}
+
 template <class Real>
 void widen_row(const char* x, Dtype dtype, int64_t row, int64_t width, Real* to) {
-  with_type(dtype, const_cast<char*>(x) + row * width * element_size(dtype), [&](auto* from) {
-    for (int64_t i = 0; i < width; ++i) to[i] = Real(widen(from[i]));
-  });
+  widen_some(x, dtype, row * width, width, to);
 }
 
 template <class Real>
 void begin(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t lo, int64_t hi) {
   for (int64_t r = lo; r < hi; ++r) {
     const int64_t row = tile.group * q.n + tile.first + r;
-    widen_row(q.x, q.x_dtype, row, q.width, tile.residual + r * q.width);
+    if (q.coupling == nullptr) widen_row(q.x, q.x_dtype, row, q.width, tile.residual + r * q.width);
     if (q.out != nullptr)
-      for (int64_t i = 0; i < q.width; ++i) q.out[row * q.width + i] = 0;
+      for (int64_t i = 0; i < q.out_width(); ++i) q.out[row * q.out_width() + i] = 0;
+  }
+}
+
+template <class Real>
+void couple(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t lo,
+            int64_t hi) {
+  const int64_t all = q.out_width(), first = stage * q.width;
+  for (int64_t r = lo; r < hi; ++r) {
+    const int64_t row = tile.group * q.n + tile.first + r;
+    Real* const residual = tile.residual + r * q.width;
+    widen_some(q.x, q.x_dtype, row * all + first, q.width, residual);
+    const Real* const taken = q.out + row * all;
+    const Real* weight = q.coupling + tile.group * all * all + first;
+    for (int64_t j = 0; j < first; ++j, weight += all)
+      for (int64_t i = 0; i < q.width; ++i) residual[i] -= taken[j] * weight[i];
   }
 }
 
@@ -81,15 +102,18 @@ void search(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int
   }
 }
 
-// |x|^2, of a feature in each lane and then over lanes.
+// |x - y|^2, of a feature in each lane and then over lanes.
 template <class Real>
-Real square_of(int64_t width, const Real* x) {
+Real square_between(int64_t width, const Real* x, const Real* y) {
   Real lanes[kLane<Real>] = {};
   int64_t i = 0;
   for (; i + kLane<Real> <= width; i += kLane<Real>)
-    for (int64_t l = 0; l < kLane<Real>; ++l) lanes[l] += x[i + l] * x[i + l];
+    for (int64_t l = 0; l < kLane<Real>; ++l) {
+      const Real gap = x[i + l] - y[i + l];
+      lanes[l] += gap * gap;
+    }
   Real sum = 0;
-  for (; i < width; ++i) sum += x[i] * x[i];
+  for (; i < width; ++i) sum += (x[i] - y[i]) * (x[i] - y[i]);
   for (int64_t l = 0; l < kLane<Real>; ++l) sum += lanes[l];
   return sum;
 }
@@ -105,7 +129,9 @@ void settle(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int
     const Nearest<Real> found = deep ? nearest(tile, r) : Nearest<Real>{0, 0, -1};
     q.found[at] = found.code;
     Real* const residual = tile.residual + r * q.width;
-    Real* const out = q.out == nullptr ? nullptr : q.out + of_row * q.width;
+    Real* const out = q.out == nullptr ? nullptr
+                                       : q.out + of_row * q.out_width() +
+                                             (q.coupling == nullptr ? 0 : stage * q.width);
     const Real broken = Real(NAN);
     if (found.code < 0) {
       if (q.error != nullptr) q.error[at] = deep ? broken : Real(0);
@@ -114,11 +140,50 @@ void settle(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int
       continue;
     }
     const Real* const code = q.code(tile.group, stage, found.code);
+    if (q.error != nullptr) q.error[at] = square_between(q.width, residual, code);
     for (int64_t i = 0; i < q.width; ++i) residual[i] -= code[i];
     if (out != nullptr)
       for (int64_t i = 0; i < q.width; ++i) out[i] += code[i];
-    if (q.error != nullptr) q.error[at] = square_of(q.width, residual);
     if (q.margin != nullptr) q.margin[at] = 2 * (found.score - found.second);
+  }
+}
+
+template <class Real>
+void candidates(const Candidates<Real>& c, int64_t group, int64_t first, int64_t rows,
+                void* memory) {
+  Real* const x = static_cast<Real*>(memory);
+  Real* const score = x + kCandidateRows * c.width;
+  double* const value = reinterpret_cast<double*>(score + kCandidateRows * kCodes);
+  int64_t* const code = reinterpret_cast<int64_t*>(value + kCandidateRows * c.k);
+  for (int64_t r = 0; r < rows; ++r)
+    widen_row(c.x, c.x_dtype, group * c.n + first + r, c.width, x + r * c.width);
+  for (int64_t i = 0; i < rows * c.k; ++i) value[i] = -INFINITY, code[i] = -1;
+  const int64_t blocks = code_blocks(c.codes);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Real* const block = c.packed + (group * blocks + b) * block_numbers(c.width);
+    each_part(x, rows, c.width, block, [&](int64_t r, int64_t from, const auto& scores) {
+      constexpr int64_t count = sizeof(scores.at) / sizeof(scores.at[0]);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t v = 0; v < kVectors; ++v)
+          vector_at(score + (r + i) * kCodes + from + v * kLane<Real>) = scores.at[i][v];
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = group * c.n + first + r;
+      const int64_t position = c.position == nullptr ? row : c.position[row];
+      keep(c, uint64_t(position), b * kCodes, score + r * kCodes,
+           Kept{value + r * c.k, code + r * c.k, c.k});
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const Real* const of_row = x + r * c.width;
+    const bool finite = value[r * c.k] < INFINITY;
+    for (int64_t j = 0; j < c.k; ++j) {
+      const int64_t at = (group * c.n + first + r) * c.k + j, k = finite ? code[r * c.k + j] : -1;
+      c.found[at] = k;
+      c.error[at] =
+          k < 0 ? Real(NAN)
+                : square_between(c.width, of_row, c.table + (group * c.codes + k) * c.width);
+    }
   }
 }
 
@@ -184,10 +249,10 @@ void advance(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
 
 extern const RvqKernels rvq_kernels;
 const RvqKernels rvq_kernels = {
-    {kLane<float>, pack<float>, begin<float>, search<float>, settle<float>, decode<float>,
-     widen_rows<float>, collect<float>, advance<float>},
-    {kLane<double>, pack<double>, begin<double>, search<double>, settle<double>, decode<double>,
-     widen_rows<double>, collect<double>, advance<double>}};
+    {kLane<float>, pack<float>, begin<float>, search<float>, couple<float>, settle<float>,
+     candidates<float>, decode<float>, widen_rows<float>, collect<float>, advance<float>},
+    {kLane<double>, pack<double>, begin<double>, search<double>, couple<double>, settle<double>,
+     candidates<double>, decode<double>, widen_rows<double>, collect<double>, advance<double>}};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

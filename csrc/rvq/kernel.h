@@ -1,5 +1,6 @@
 // The residual quantizer as its kernels see it.
 #pragma once
+#include "../core/philox.h"
 #include "../core/rows.h"
 
 namespace stillhouse {
@@ -16,16 +17,20 @@ enum Metric : int32_t { kEuclidean, kCosine };
 template <class Real>
 struct Quantizer {
   int64_t groups, n, width, codes, tables, stages;
-  const char* x;  // [G, N, D]
+  const char* x;  // [G, N, D]; coupled [G, N, Q D]
   Dtype x_dtype;
-  const Real* table;     // [G, T, K, D]
-  const Real* packed;    // [G, T, blocks, block_numbers(D)]
+  const Real* table;   // [G, T, K, D]
+  const Real* packed;  // [G, T, blocks, block_numbers(D)]
+  // Null, or [G, Q D, Q D], what each number of the codes taken takes off each number of later stages: then
+  // a row is that of stage s in columns s D ... of x, less what the stages before take off it.
+  const Real* coupling;
   const int64_t* depth;  // [G, N]: stages of each row; null: all
   int64_t* found;        // [G, N, Q], -1 beyond a row's depth and in rows that are not finite
-  Real* out;             // [G, N, D], the sum of the codes, or null
+  Real* out;             // [G, N, D], the sum of the codes, or null; coupled [G, N, Q D], the codes
   Real* error;   // [G, N, Q], squared distance after each stage, 0 beyond the depth, or null
   Real* margin;  // [G, N, Q], how much farther the second nearest code is, squared, or null
 
+  SH_INLINE int64_t out_width() const { return coupling == nullptr ? width : stages * width; }
   SH_INLINE int64_t table_of(int64_t group, int64_t stage) const {
     return group * tables + (tables == 1 ? 0 : stage);
   }
@@ -38,6 +43,22 @@ struct Quantizer {
   SH_INLINE int64_t depth_of(int64_t group, int64_t row) const {
     return depth == nullptr ? stages : depth[group * n + row];
   }
+};
+
+// The k codes of each row that are nearest, or that are drawn, from one table of each group.
+template <class Real>
+struct Candidates {
+  int64_t groups, n, width, codes, k;
+  const char* x;  // [G, N, D]
+  Dtype x_dtype;
+  const Real *table, *packed;  // of a table, [G, K, D]
+  // 0, or what a score is multiplied with before it gets noise: 2 / temperature.
+  double sharpness;
+  uint64_t seed;
+  int64_t node;             // where the words of the seed are taken, with
+  const int64_t* position;  // [G, N]; null: the number of the row
+  int64_t* found;           // [G, N, k], -1 in rows that are not finite
+  Real* error;              // [G, N, k], squared distance
 };
 
 template <class Real>
@@ -104,13 +125,25 @@ struct RvqSteps {
   void (*begin)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t lo, int64_t hi);
   void (*search)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t part,
                  int64_t lo, int64_t hi);  // blocks of a table
+  // Coupled: the rows of a stage, from the codes of the stages before.
+  void (*couple)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t lo,
+                 int64_t hi);
   void (*settle)(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t lo,
                  int64_t hi);
+  void (*candidates)(const Candidates<Real>& c, int64_t group, int64_t first, int64_t rows,
+                     void* memory);                                  // of candidate_bytes
   void (*decode)(const Quantizer<Real>& q, int64_t lo, int64_t hi);  // rows of all groups
   void (*widen_rows)(const Residuals<Real>& r, int64_t lo, int64_t hi);
   void (*collect)(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi);  // codes
   void (*advance)(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi);  // rows
 };
+
+// Rows of a tile of `candidates`, and what it needs.
+constexpr int64_t kCandidateRows = 48;
+template <class Real>
+SH_INLINE int64_t candidate_bytes(int64_t width, int64_t k) {
+  return kCandidateRows * ((width + kCodes) * int64_t(sizeof(Real)) + 16 * k) + 64;
+}
 
 struct RvqKernels {
   RvqSteps<float> f32;

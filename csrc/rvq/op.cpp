@@ -48,7 +48,11 @@ int64_t rows_of_tile(int64_t n, int64_t width, int64_t item) {
   return (rows + 5) / 6 * 6;
 }
 
-// Tiles in memory, from an address that a vector may be stored to.
+// The next address that a vector may be stored to.
+char* align_up(void* memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
+}
+
 template <class Real>
 struct TileMemory {
   int64_t residual, scores;
@@ -62,8 +66,7 @@ struct TileMemory {
 
   Tile<Real> at(void* memory, int64_t group, int64_t first, int64_t rows, int64_t parts,
                 bool second) const {
-    char* const base =
-        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
+    char* const base = align_up(memory);
     char* const numbers = base + residual;
     return {group,
             first,
@@ -94,6 +97,7 @@ void encode_few(const Quantizer<Real>& q, int64_t group, const Tensor& like) {
   const int64_t of_part = q.n * ((blocks + parts - 1) / parts) * kCodes * q.width;
   step.begin(q, tile, 0, q.n);
   for (int64_t stage = 0; stage < q.stages; ++stage) {
+    if (q.coupling != nullptr) step.couple(q, tile, stage, 0, q.n);
     if (any_deep(q, tile, stage))
       parallel(parts, 1 + (int64_t(1) << 18) / (of_part + 1), [&](int64_t lo, int64_t hi) {
         for (int64_t part = lo; part < hi; ++part)
@@ -117,6 +121,7 @@ void encode_many(const Quantizer<Real>& q) {
           layout.at(memory, t / of_group, first, left < rows ? left : rows, 1, q.margin != nullptr);
       step.begin(q, tile, 0, tile.rows);
       for (int64_t stage = 0; stage < q.stages; ++stage) {
+        if (q.coupling != nullptr) step.couple(q, tile, stage, 0, tile.rows);
         if (any_deep(q, tile, stage)) step.search(q, tile, stage, 0, 0, blocks);
         step.settle(q, tile, stage, 0, tile.rows);
       }
@@ -169,6 +174,19 @@ struct Cpu {
   static void encode(const Quantizer<Real>& q, const Tensor& like) {
     if (q.n >= kTiles * kFewestRows) return encode_many(q);
     for (int64_t group = 0; group < q.groups; ++group) encode_few(q, group, like);
+  }
+
+  template <class Real>
+  static void candidates(const Candidates<Real>& c, const Tensor&) {
+    const int64_t of_group = (c.n + kCandidateRows - 1) / kCandidateRows;
+    parallel(c.groups * of_group, 1, [&](int64_t lo, int64_t hi) {
+      void* const memory = align_up(thread_scratch(candidate_bytes<Real>(c.width, c.k)));
+      for (int64_t t = lo; t < hi; ++t) {
+        const int64_t first = t % of_group * kCandidateRows, left = c.n - first;
+        steps(c.table).candidates(c, t / of_group, first,
+                                  left < kCandidateRows ? left : kCandidateRows, memory);
+      }
+    });
   }
 
   template <class Real>

@@ -10,16 +10,12 @@ namespace stillhouse {
 // The ops, for a backend that has
 //   Tensor output(like, shape, dtype), Tensor zeros(like, shape, dtype)
 //   void pack(const Packing<Real>&, like), void encode(const Quantizer<Real>&, like)
+//   void candidates(const Candidates<Real>&, like)
 //   void follow(const Residuals<Real>&, like), what is summed along known codes
 //   void decode(const Quantizer<Real>&, like), from `found` to `out`
 template <class Backend>
 struct RvqOps {
   static bool in_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-  static Tensor contiguous_of(const Tensor& x, std::vector<Tensor>& hold) {
-    hold.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
-    return hold.back();
-  }
 
   static void check_tables(const Tensor& codebooks) {
     STD_TORCH_CHECK(codebooks.dim() == 4 && codebooks.size(2) > 0 && codebooks.size(1) > 0,
@@ -68,40 +64,59 @@ struct RvqOps {
     return q;
   }
 
-  static void check_rows(const Tensor& x, const Tensor& codebooks) {
+  // `width`: of a row, in tables' widths.
+  static void check_rows(const Tensor& x, const Tensor& codebooks, int64_t width = 1) {
     check_tables(codebooks);
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == codebooks.size(0) &&
-                        x.size(2) == codebooks.size(3) && (in_double(x) == in_double(codebooks)),
+                        x.size(2) == width * codebooks.size(3) &&
+                        in_double(x) == in_double(codebooks),
                     "rows are [G, N, D], float64 where the codebooks are");
+  }
+
+  template <class Real>
+  static const Real* packed_of(const Tensor& packed, const Tensor& codebooks) {
+    const int64_t tables = codebooks.size(0) * codebooks.size(1);
+    STD_TORCH_CHECK(packed.scalar_type() == codebooks.scalar_type() && packed.is_contiguous() &&
+                        packed.numel() == tables * code_blocks(codebooks.size(2)) *
+                                              block_numbers(codebooks.size(3)),
+                    "packed is what rvq_pack made of these codebooks");
+    return static_cast<const Real*>(packed.const_data_ptr());
+  }
+
+  static const int64_t* of_rows(const char* name, const MaybeTensor& given, int64_t rows,
+                                std::vector<Tensor>& hold) {
+    if (!given) return nullptr;
+    STD_TORCH_CHECK(given->numel() == rows && given->scalar_type() == ScalarType::Long, name,
+                    " is int64 [G, N]");
+    return static_cast<const int64_t*>(contiguous_of(*given, hold).const_data_ptr());
   }
 
   using Encoded = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
   template <class Real>
   static Encoded encode_of(const Tensor& x, const Tensor& codebooks, const Tensor& packed,
-                           const MaybeTensor& depth, int64_t stages, bool want_out, bool want_error,
-                           bool want_margin) {
+                           const MaybeTensor& depth, const MaybeTensor& coupling, int64_t stages,
+                           bool want_out, bool want_error, bool want_margin) {
     std::vector<Tensor> hold;
     Quantizer<Real> q = make<Real>(codebooks, x.size(1), stages, hold);
-    STD_TORCH_CHECK(
-        packed.scalar_type() == codebooks.scalar_type() && packed.is_contiguous() &&
-            packed.numel() == q.groups * q.tables * code_blocks(q.codes) * block_numbers(q.width),
-        "packed is what rvq_pack made of these codebooks");
-    q.packed = static_cast<const Real*>(packed.const_data_ptr());
+    q.packed = packed_of<Real>(packed, codebooks);
     q.x = static_cast<const char*>(contiguous_of(x, hold).const_data_ptr());
     q.x_dtype = dtype_of(x);
-    if (depth) {
-      STD_TORCH_CHECK(depth->numel() == q.groups * q.n && depth->scalar_type() == ScalarType::Long,
-                      "depth is int64 [G, N]");
-      q.depth = static_cast<const int64_t*>(contiguous_of(*depth, hold).const_data_ptr());
+    q.depth = of_rows("depth", depth, q.groups * q.n, hold);
+    if (coupling) {
+      const int64_t all = stages * q.width;
+      STD_TORCH_CHECK(want_out && coupling->numel() == q.groups * all * all &&
+                          coupling->scalar_type() == codebooks.scalar_type(),
+                      "coupling is [G, Q D, Q D], of the codebooks' type, and out is wanted");
+      q.coupling = static_cast<const Real*>(contiguous_of(*coupling, hold).const_data_ptr());
     }
     const ScalarType real = codebooks.scalar_type();
-    const std::vector<int64_t> none{0}, of_rows{q.groups, q.n, stages};
-    const Tensor codes = Backend::output(x, of_rows, ScalarType::Long);
-    const Tensor out =
-        Backend::output(x, want_out ? std::vector<int64_t>{q.groups, q.n, q.width} : none, real);
-    const Tensor error = Backend::output(x, want_error ? of_rows : none, real);
-    const Tensor margin = Backend::output(x, want_margin ? of_rows : none, real);
+    const std::vector<int64_t> none{0}, each{q.groups, q.n, stages};
+    const std::vector<int64_t> wide{q.groups, q.n, q.out_width()};
+    const Tensor codes = Backend::output(x, each, ScalarType::Long);
+    const Tensor out = Backend::output(x, want_out ? wide : none, real);
+    const Tensor error = Backend::output(x, want_error ? each : none, real);
+    const Tensor margin = Backend::output(x, want_margin ? each : none, real);
     const auto numbers = [](const Tensor& t, bool wanted) {
       return wanted ? static_cast<Real*>(t.data_ptr()) : nullptr;
     };
@@ -113,13 +128,45 @@ struct RvqOps {
   }
 
   static Encoded encode(const Tensor& x, const Tensor& codebooks, const Tensor& packed,
-                        const MaybeTensor& depth, int64_t stages, bool want_out, bool want_error,
-                        bool want_margin) {
+                        const MaybeTensor& depth, const MaybeTensor& coupling, int64_t stages,
+                        bool want_out, bool want_error, bool want_margin) {
+    check_rows(x, codebooks, coupling ? stages : 1);
+    const auto encode = in_double(x) ? &encode_of<double> : &encode_of<float>;
+    return encode(x, codebooks, packed, depth, coupling, stages, want_out, want_error, want_margin);
+  }
+
+  template <class Real>
+  static std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, const Tensor& codebooks,
+                                                  const Tensor& packed, int64_t k, double sharpness,
+                                                  int64_t seed, int64_t node,
+                                                  const MaybeTensor& position) {
+    STD_TORCH_CHECK(codebooks.size(1) == 1, "candidates are of one table");
+    STD_TORCH_CHECK(1 <= k && k <= codebooks.size(2), "k is from 1 to the number of codes");
+    std::vector<Tensor> hold;
+    Candidates<Real> c{};
+    c.groups = x.size(0), c.n = x.size(1), c.width = x.size(2);
+    c.codes = codebooks.size(2), c.k = k;
+    c.x = static_cast<const char*>(contiguous_of(x, hold).const_data_ptr());
+    c.x_dtype = dtype_of(x);
+    c.table = static_cast<const Real*>(contiguous_of(codebooks, hold).const_data_ptr());
+    c.packed = packed_of<Real>(packed, codebooks);
+    c.sharpness = sharpness, c.seed = uint64_t(seed), c.node = node;
+    c.position = of_rows("position", position, c.groups * c.n, hold);
+    const Tensor codes = Backend::output(x, {c.groups, c.n, k}, ScalarType::Long);
+    const Tensor error = Backend::output(x, {c.groups, c.n, k}, codebooks.scalar_type());
+    c.found = static_cast<int64_t*>(codes.data_ptr());
+    c.error = static_cast<Real*>(error.data_ptr());
+    if (c.groups * c.n > 0) Backend::candidates(c, x);
+    return {codes, error};
+  }
+
+  static std::tuple<Tensor, Tensor> candidates(const Tensor& x, const Tensor& codebooks,
+                                               const Tensor& packed, int64_t k, double sharpness,
+                                               int64_t seed, int64_t node,
+                                               const MaybeTensor& position) {
     check_rows(x, codebooks);
-    return in_double(x) ? encode_of<double>(x, codebooks, packed, depth, stages, want_out,
-                                            want_error, want_margin)
-                        : encode_of<float>(x, codebooks, packed, depth, stages, want_out,
-                                           want_error, want_margin);
+    const auto find = in_double(x) ? &candidates_of<double> : &candidates_of<float>;
+    return find(x, codebooks, packed, k, sharpness, seed, node, position);
   }
 
   // Reading a table at a code that it does not have must not be possible.
@@ -219,6 +266,7 @@ struct RvqOps {
   static void register_ops(Library& m) {
     m.impl("rvq_pack", TORCH_BOX(&RvqOps::pack));
     m.impl("rvq_encode", TORCH_BOX(&RvqOps::encode));
+    m.impl("rvq_candidates", TORCH_BOX(&RvqOps::candidates));
     m.impl("rvq_decode", TORCH_BOX(&RvqOps::decode));
     m.impl("rvq_statistics", TORCH_BOX(&RvqOps::statistics));
     m.impl("rvq_gradient", TORCH_BOX(&RvqOps::gradient));

@@ -55,32 +55,54 @@ SH_INLINE Vector<Real>& vector_at(Real* x) {
   return *reinterpret_cast<Vector<Real>*>(x);
 }
 
-// Rows r ... r + Rows - 1 of a tile against the part of a block that begins `from` codes into it. Of equal
-// scores the first stays: codes of a lane come in order.
+// Scores of Rows rows in registers, [Rows, kVectors] vectors of codes `from` ... of a block.
+template <class Real, int64_t Rows>
+struct Scores {
+  Vector<Real> at[Rows][kVectors];
+
+  SH_INLINE Scores(const Real* x, int64_t width, const Real* block, int64_t from) {
+    using V = Vector<Real>;
+    constexpr int64_t lane = kLane<Real>;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kVectors; ++v) at[i][v] = vector_at(block + from + v * lane);
+    const Real* codes = block + kCodes + from;
+    for (int64_t k = 0; k < width; ++k, codes += kCodes) {
+      V code[kVectors];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kVectors; ++v) code[v] = vector_at(codes + v * lane);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < Rows; ++i) {
+        const V xi = x[i * width + k] - V{};
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < kVectors; ++v) at[i][v] = fused(xi, code[v], at[i][v]);
+      }
+    }
+  }
+};
+
+// f(first row, scores of kRows rows or of one) of all rows and each part of a block, which begins `from`
+// codes into it.
+template <class Real, class F>
+SH_INLINE void each_part(const Real* x, int64_t rows, int64_t width, const Real* block, F f) {
+  for (int64_t from = 0; from < kCodes; from += kVectors * kLane<Real>) {
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      f(r, from, Scores<Real, kRows>(x + r * width, width, block, from));
+    for (; r < rows; ++r) f(r, from, Scores<Real, 1>(x + r * width, width, block, from));
+  }
+}
+
+// The best of a tile's rows so far against a part of a block. Of equal scores the first stays: codes of a
+// lane come in order.
 template <class Real, bool Second, int64_t Rows>
-SH_INLINE void score_part(const Tile<Real>& tile, int64_t part, int64_t width, const Real* block,
-                          int64_t number, int64_t from, int64_t r) {
+SH_INLINE void take_best(const Tile<Real>& tile, int64_t part, int64_t r, int64_t code,
+                         const Scores<Real, Rows>& score) {
   using V = Vector<Real>;
   using P = typename Simd<Real>::Places;
   constexpr int64_t lane = kLane<Real>;
-  V score[Rows][kVectors];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kVectors; ++v) score[i][v] = vector_at(block + from + v * lane);
-  const Real *codes = block + kCodes + from, *x = tile.residual + r * width;
-  for (int64_t k = 0; k < width; ++k, codes += kCodes) {
-    V code[kVectors];
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kVectors; ++v) code[v] = vector_at(codes + v * lane);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < Rows; ++i) {
-      const V xi = x[i * width + k] - V{};
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < kVectors; ++v) score[i][v] = fused(xi, code[v], score[i][v]);
-    }
-  }
-  const int64_t first = (number * kCodes + from) / lane;
+  const int64_t first = code / lane;
 #pragma GCC unroll 8
   for (int64_t i = 0; i < Rows; ++i) {
     const int64_t at = (part * tile.rows + r + i) * lane;
@@ -88,13 +110,13 @@ SH_INLINE void score_part(const Tile<Real>& tile, int64_t part, int64_t width, c
     P& place = *reinterpret_cast<P*>(tile.place + at);
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) {
-      const auto higher = score[i][v] > best;
+      const auto higher = score.at[i][v] > best;
       if constexpr (Second) {
         V& second = vector_at(tile.second + at);
-        const V loser = higher ? best : score[i][v];
+        const V loser = higher ? best : score.at[i][v];
         second = loser > second ? loser : second;
       }
-      best = higher ? score[i][v] : best;
+      best = higher ? score.at[i][v] : best;
       place = higher ? Place<Real>(first + v) - P{} : place;
     }
     vector_at(tile.score + at) = best;
@@ -104,13 +126,10 @@ SH_INLINE void score_part(const Tile<Real>& tile, int64_t part, int64_t width, c
 template <class Real, bool Second>
 void score_block(const Tile<Real>& tile, int64_t part, int64_t width, const Real* block,
                  int64_t number) {
-  for (int64_t from = 0; from < kCodes; from += kVectors * kLane<Real>) {
-    int64_t r = 0;
-    for (; r + kRows <= tile.rows; r += kRows)
-      score_part<Real, Second, kRows>(tile, part, width, block, number, from, r);
-    for (; r < tile.rows; ++r)
-      score_part<Real, Second, 1>(tile, part, width, block, number, from, r);
-  }
+  each_part(tile.residual, tile.rows, width, block,
+            [&](int64_t r, int64_t from, const auto& score) {
+              take_best<Real, Second>(tile, part, r, number * kCodes + from, score);
+            });
 }
 
 // What the parts and lanes of a row have found: the highest score, of equal ones the lower code.
@@ -138,4 +157,39 @@ SH_INLINE Nearest<Real> nearest(const Tile<Real>& tile, int64_t r) {
   // A row that is not finite has no score above where they began, or infinite ones.
   if (!(found.score < INFINITY)) found.code = -1;
   return found;
+}
+
+// ---- several codes of a row, and draws
+
+// The k highest values of a row so far, in order; of equal ones the lower code comes first.
+struct Kept {
+  double* value;
+  int64_t* code;
+  int64_t k;
+
+  SH_INLINE double least() const { return value[k - 1]; }
+  SH_INLINE void add(double new_value, int64_t new_code) {
+    int64_t at = k - 1;
+    for (; at > 0 && new_value > value[at - 1]; --at)
+      value[at] = value[at - 1], code[at] = code[at - 1];
+    value[at] = new_value, code[at] = new_code;
+  }
+};
+
+// What a block's scores [kCodes] change in it.
+template <class Real>
+void keep(const Candidates<Real>& c, uint64_t position, int64_t first, const Real* score,
+          Kept kept) {
+  for (int64_t j = 0; j < kCodes; ++j) {
+    if (c.sharpness == 0) {
+      if (double(score[j]) > kept.least()) kept.add(score[j], first + j);
+      continue;
+    }
+    // Few codes can still win: the noise of the others is not drawn.
+    const double value = c.sharpness * double(score[j]);
+    if (!(value + kMostGumbel > kept.least())) continue;
+    const Words4 words = philox(c.seed, position, uint32_t(c.node), uint32_t((first + j) / 4));
+    const double noisy = value + gumbel_of(words.word[(first + j) % 4]);
+    if (noisy > kept.least()) kept.add(noisy, first + j);
+  }
 }

@@ -22,11 +22,6 @@ inline ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor contiguous_of(const Tensor& x, std::vector<Tensor>& hold) {
-  hold.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
-  return hold.back();
-}
-
 // A contiguous tensor [..., width].
 inline Matrix matrix_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), dtype_of(x), x.size(x.dim() - 1)};

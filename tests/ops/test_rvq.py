@@ -308,11 +308,15 @@ def test_torch_knows_the_ops():
     x, tables = problem(30, 6, 70, 3, groups=(1,))
     kernels = torch.ops.stillhouse
     packed = kernels.rvq_pack(tables, None, 0)
-    arguments = (x, tables, packed, None, 3, True, True, True)
+    arguments = (x, tables, packed, None, None, 3, True, True, True)
     codes = kernels.rvq_encode(*arguments)[0]
     check = torch.library.opcheck
     check(kernels.rvq_pack.default, (tables, None, 0))
     check(kernels.rvq_encode.default, arguments)
+    coupled = (x.repeat(1, 1, 3), tables, packed, None, torch.randn(1, 18, 18), 3)
+    check(kernels.rvq_encode.default, (*coupled, True, True, False))
+    one = (x, tables[:, :1], packed[:, :1].contiguous(), 2, 0.5, 1, 0, None)
+    check(kernels.rvq_candidates.default, one)
     check(kernels.rvq_decode.default, (codes, tables))
     check(kernels.rvq_statistics.default, (x, codes, tables))
     check(kernels.rvq_gradient.default, (torch.randn(1, 30, 3), x, codes, tables, True, False))

@@ -41,6 +41,7 @@ from .rvq import (
     rvq_pack,
     rvq_statistics,
 )
+from .rvq_projected import projected_rvq
 from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
 
@@ -85,6 +86,7 @@ __all__ = [
     "linear_divergence_loss",
     "merge_row_states",
     "pairwise_l1",
+    "projected_rvq",
     "row_state",
     "rvq",
     "rvq_decode",

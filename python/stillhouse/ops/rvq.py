@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rvq_autograd
+from . import rvq_autograd, rvq_search
 from .rvq_autograd import CODES, GRADIENTS, METRICS, Decoded, Quantized, pack
 
 
@@ -29,6 +29,10 @@ def rvq_encode(
     sizes: Tensor | None = None,
     packed: Tensor | None = None,
     return_margin: bool = False,
+    beam: int = 1,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    position: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The code of each row in each table: the nearest to what the stages before have left of it.
 
@@ -45,13 +49,21 @@ def rvq_encode(
         packed: `rvq_pack` of the same tables with the same metric and sizes, where they stay.
         return_margin: also return how much farther than the nearest code the second one is, as a
             difference of squared distances [..., Q] ("cosine": twice that of |r| cos).
+        beam: partial sums that are kept of each row from stage to stage; its codes are then those
+            of the last sum that is nearest. For the metric "l2".
+        temperature: above 0 a stage's code c is drawn, with probability proportional to
+            exp(-|r - c|^2 / temperature) ("cosine": exp(2 |r| cos(r, c) / temperature)).
+        seed: what draws are made of, with the row's position, the stage and the code alone: the
+            same on any device and in any batch of the same positions.
+        position: int64 [...] of rows, their numbers in x if None.
 
     Returns:
         int64 [..., Q], -1 beyond a row's depth and in rows that are not finite. Of equally near
         codes the lowest. A row's codes do not depend on the rows beside it, nor on threads.
 
     Raises:
-        ValueError: shapes, ranges or devices that do not fit, more quantizers than tables.
+        ValueError: shapes, ranges or devices that do not fit, more quantizers than tables, draws
+            without a seed, a beam of cosines or of draws, margins of either.
         TypeError: a dtype outside the lists above.
 
     Example:
@@ -62,11 +74,30 @@ def rvq_encode(
         tensor([[1, 0],
                 [0, 1]])
     """
-    call = _Call(x, codebooks, metric, num_quantizers, mask, sizes, packed)
+    call = Call(x, codebooks, metric, num_quantizers, mask, sizes, packed)
+    if beam != 1 or temperature != 0:
+        _check_search(call, beam, temperature, seed, return_margin)
+        if position is not None:
+            position = _of_rows("position", position, x, call).long()
+        with torch.no_grad():
+            if beam > 1:
+                return call.shaped(rvq_search.beam_codes(call, beam))
+            return call.shaped(rvq_search.drawn_codes(call, temperature, seed, position))
     with torch.no_grad():
         codes, _, _, margin = rvq_autograd.encode(call, want_margin=return_margin)
     codes = call.shaped(codes)
     return (codes, call.shaped(margin)) if return_margin else codes
+
+
+def _check_search(call: Call, beam: int, temperature: float, seed, return_margin: bool) -> None:
+    if beam < 1 or temperature < 0:
+        raise ValueError(f"beam must be at least 1 and temperature 0, got {beam}, {temperature}")
+    if temperature > 0 and seed is None:
+        raise ValueError("codes that are drawn (temperature > 0) need a seed")
+    if beam > 1 and (temperature > 0 or call.metric != "l2"):
+        raise ValueError('a beam is of nearest codes by "l2": leave temperature and metric')
+    if return_margin:
+        raise ValueError("margins are those of nearest codes: leave beam and temperature")
 
 
 def rvq_pack(codebooks: Tensor, *, metric: str = "l2", sizes: Tensor | None = None) -> Tensor:
@@ -108,10 +139,12 @@ def rvq(
     mask: Tensor | None = None,
     sizes: Tensor | None = None,
     packed: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> ResidualCodes:
     """Rows quantized, with a gradient.
 
-    Arguments, shapes and errors as in `rvq_encode`, and `grad`, what out's derivative to x is said
+    Arguments, shapes and errors as in `rvq_encode`; codes: int64 [..., Q] that are taken as they
+    are, such as those of a beam or drawn ones; and `grad`, what out's derivative to x is said
     to be, since the true one is 0. Published quantizers differ here:
 
     - "ste": the identity; each stage's error has its own gradient to x (Mimi).
@@ -126,7 +159,10 @@ def rvq(
     """
     if grad not in GRADIENTS:
         raise ValueError(f"grad must be one of {', '.join(GRADIENTS)}, got {grad!r}")
-    call = _Call(x, codebooks, metric, num_quantizers, mask, sizes, packed)
+    stages = num_quantizers if codes is None else codes.shape[-1]
+    call = Call(x, codebooks, metric, stages, mask, sizes, packed)
+    if codes is not None:
+        call.codes = checked_codes(codes, x, call)
     codes, out, error = Quantized.apply(call, grad, call.x, call.tables)
     return ResidualCodes(call.shaped(out), call.shaped(codes), call.shaped(error))
 
@@ -140,10 +176,8 @@ def rvq_statistics(
     x [..., D], codes [..., Q], codebooks as in `rvq_encode`; the results have their shapes, one
     table where one is shared. Summed in the rows' order, whatever the number of threads.
     """
-    call = _Call(x, codebooks, "l2", codes.shape[-1], None, None, None)
-    if codes.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"{tuple(codes.shape)} codes of {tuple(x.shape)} rows")
-    flat = codes.reshape(*call.x.shape[:2], codes.shape[-1]).long()
+    call = Call(x, codebooks, "l2", codes.shape[-1], None, None, None)
+    flat = checked_codes(codes, x, call)
     if mask is not None:
         flat = flat.masked_fill(~_of_rows("mask", mask, x, call)[..., None], -1)
     with torch.no_grad():
@@ -151,12 +185,18 @@ def rvq_statistics(
     return (counts, sums) if codebooks.dim() == 4 else (counts[0], sums[0])
 
 
-class _Call:
+def checked_codes(codes: Tensor, x: Tensor, call: Call) -> Tensor:
+    """int64 [G, N, Q] of the codes of x's rows."""
+    if codes.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"{tuple(codes.shape)} codes of {tuple(x.shape)} rows")
+    return codes.reshape(*call.x.shape[:2], codes.shape[-1]).long()
+
+
+class Call:
     """Checked arguments as the op takes them: rows [G, N, D], tables [G, T, K, D]."""
 
     def __init__(self, x, codebooks, metric, num_quantizers, mask, sizes, packed):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+        check_floats(x)
         self.tables = _tables(codebooks, x)
         self.grouped = codebooks.dim() == 4
         groups, width = self.tables.shape[0], self.tables.shape[-1]
@@ -173,7 +213,7 @@ class _Call:
         self.leading, self.metric = x.shape[:-1], metric
         self.x = x.reshape(groups, -1, width)
         most = codebooks.shape[-3]
-        self.depth, self.stages = None, most
+        self.depth, self.stages, self.codes = None, most, None
         if isinstance(num_quantizers, Tensor):
             self.depth = _of_rows("num_quantizers", num_quantizers, x, self).long()
         elif num_quantizers is not None:
@@ -202,9 +242,25 @@ class _Call:
             raise ValueError("packed was made of tables of another shape: rvq_pack them again")
         return self.given
 
+    @property
+    def beyond(self) -> Tensor:
+        """bool, to [G, N, Q]: stages that a row does not have."""
+        stages = torch.arange(self.stages, device=self.x.device)
+        return (
+            torch.zeros_like(stages).bool()
+            if self.depth is None
+            else (stages >= self.depth[..., None])
+        )
+
     def shaped(self, found: Tensor) -> Tensor:
         """[G, N, ...] as the rows came."""
         return found.view(*self.leading, found.shape[-1])
+
+
+def check_floats(x: Tensor) -> None:
+    """Rows are float tensors."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
 
 
 def _tables(codebooks: Tensor, x: Tensor | None = None) -> Tensor:
@@ -233,7 +289,7 @@ def _sizes(sizes: Tensor | None, tables: Tensor) -> Tensor | None:
     return sizes.reshape(tables.shape[:2]).long()
 
 
-def _of_rows(name: str, given: Tensor, x: Tensor, call: _Call) -> Tensor:
+def _of_rows(name: str, given: Tensor, x: Tensor, call: Call) -> Tensor:
     """[G, N] of what broadcasts to the rows."""
     try:
         return given.expand(x.shape[:-1]).reshape(call.x.shape[:2])

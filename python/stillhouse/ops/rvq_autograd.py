@@ -21,7 +21,7 @@ def _fake_pack(codebooks, sizes, metric):
     return codebooks.new_empty(groups, tables, -(-codes // CODES), width + 1, CODES)
 
 
-def _fake_encode(x, codebooks, packed, depth, stages, want_out, want_error, want_margin):
+def _fake_encode(x, codebooks, packed, depth, coupling, stages, want_out, want_error, want_margin):
     groups, n, width = x.shape
 
     def output(wanted, *shape):
@@ -33,6 +33,11 @@ def _fake_encode(x, codebooks, packed, depth, stages, want_out, want_error, want
         output(want_error, groups, n, stages),
         output(want_margin, groups, n, stages),
     )
+
+
+def _fake_candidates(x, codebooks, packed, k, sharpness, seed, node, position):
+    shape = (*x.shape[:2], k)
+    return x.new_empty(shape, dtype=torch.int64), codebooks.new_empty(shape)
 
 
 def _fake_decode(codes, codebooks):
@@ -72,8 +77,38 @@ def encode(call, *, want_out: bool = False, want_margin: bool = False):
     if not has_kernel(call.x):
         words = call.metric, call.sizes, call.depth, call.stages
         return rvq_reference.encode(call.x, call.tables, *words)
-    words = call.packed, call.depth, call.stages, want_out, want_out, want_margin
+    words = call.packed, call.depth, None, call.stages, want_out, want_out, want_margin
     return divergence_autograd.kernels().rvq_encode(call.x, call.tables, *words)
+
+
+def encode_coupled(x: Tensor, coupling: Tensor, call) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, the codes' numbers [G, N, Q D] and error, of rows in which each stage has columns of
+    its own, and coupling [G, Q D, Q D]."""
+    if not has_kernel(x):
+        words = call.metric, call.sizes, call.depth, call.stages
+        return rvq_reference.encode_coupled(x, coupling, call.tables, *words)
+    words = call.packed, call.depth, coupling, call.stages, True, True, False
+    return divergence_autograd.kernels().rvq_encode(x, call.tables, *words)[:3]
+
+
+def candidates(
+    x: Tensor,
+    table: Tensor,
+    packed: Tensor,
+    k: int,
+    *,
+    metric: str,
+    sizes: Tensor | None,
+    sharpness: float = 0.0,
+    seed: int = 0,
+    node: int = 0,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k codes of each row, and their squared distances, [G, N, k], from a table [G, 1, K, D]."""
+    noise = sharpness, seed, node, position
+    if not has_kernel(x):
+        return rvq_reference.candidates(x, table, k, metric, sizes, *noise)
+    return divergence_autograd.kernels().rvq_candidates(x, table, packed, k, *noise)
 
 
 def decode(codes: Tensor, tables: Tensor) -> Tensor:
@@ -90,7 +125,7 @@ def statistics(x: Tensor, codes: Tensor, tables: Tensor) -> tuple[Tensor, Tensor
     return divergence_autograd.kernels().rvq_statistics(x, codes, tables)
 
 
-def _gradient(upstream, x, codes, tables, want_x, want_tables):
+def gradient(upstream, x, codes, tables, want_x, want_tables):
     words = upstream.contiguous(), x, codes, tables, want_x, want_tables
     if not has_kernel(x):
         return rvq_reference.gradient(*words)
@@ -103,7 +138,11 @@ class Quantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, mode, x, tables):
         """The tensors of `call` are for autograd to see."""
-        codes, out, error, _ = encode(call, want_out=True)
+        if call.codes is None:
+            codes, out, error, _ = encode(call, want_out=True)
+        else:
+            codes = call.codes.masked_fill(call.beyond, -1)
+            out, error = decode(codes, tables), rvq_reference.errors(x, codes, tables)
         ctx.save_for_backward(x, tables, codes, out)
         ctx.mode = mode
         ctx.mark_non_differentiable(codes)
@@ -123,10 +162,10 @@ class Quantized(torch.autograd.Function):
                 # Later residuals are of a straight-through output: their derivative to x is 0.
                 to_x = torch.cat([d_error[..., :1], torch.zeros_like(d_error[..., 1:])], -1)
             if of_x:
-                added, _ = _gradient(to_x, x, codes, tables, True, False)
+                added, _ = gradient(to_x, x, codes, tables, True, False)
                 d_x = added if d_x is None else d_x + added
             if of_tables:
-                _, d_tables = _gradient(d_error, x, codes, tables, False, True)
+                _, d_tables = gradient(d_error, x, codes, tables, False, True)
         return None, None, None if d_x is None else d_x.to(x.dtype), d_tables
 
 
@@ -191,6 +230,7 @@ def register(namespace: str) -> None:
     fakes = {
         "rvq_pack": _fake_pack,
         "rvq_encode": _fake_encode,
+        "rvq_candidates": _fake_candidates,
         "rvq_decode": _fake_decode,
         "rvq_statistics": _fake_statistics,
         "rvq_gradient": _fake_gradient,

@@ -10,12 +10,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .random import philox_gumbel
+
 
 def _codes_of(tables: Tensor, stage: int, codes: Tensor) -> Tensor:
     """Of each row its code in this stage, [G, N, D]; zeros for -1."""
     table = tables[:, stage if tables.shape[1] > 1 else 0]
     index = codes[..., stage, None].clamp(min=0).expand(-1, -1, table.shape[-1])
     return table.gather(1, index) * (codes[..., stage, None] >= 0)
+
+
+def _scores(rows: Tensor, tables: Tensor, stage: int, metric: str, sizes: Tensor | None) -> Tensor:
+    """[G, N, K], the higher the nearer: r c - |c|^2 / 2, or r c / |c|."""
+    number = stage if tables.shape[1] > 1 else 0
+    table = tables[:, number]
+    if metric == "cosine":
+        scores = rows @ torch.nn.functional.normalize(table, dim=-1).mT
+    else:
+        scores = rows @ table.mT - table.square().sum(-1)[:, None] / 2
+    if sizes is None:
+        return scores
+    beyond = torch.arange(table.shape[1], device=rows.device) >= sizes[:, number, None]
+    return scores.masked_fill(beyond[:, None], -torch.inf)
 
 
 def encode(
@@ -31,15 +47,7 @@ def encode(
     codes = torch.full((*x.shape[:2], stages), -1, dtype=torch.int64, device=x.device)
     error, margin = (residual.new_zeros(codes.shape) for _ in range(2))
     for stage in range(stages):
-        number = stage if tables.shape[1] > 1 else 0
-        table = tables[:, number]
-        if metric == "cosine":
-            scores = residual @ torch.nn.functional.normalize(table, dim=-1).mT
-        else:
-            scores = residual @ table.mT - table.square().sum(-1)[:, None] / 2
-        if sizes is not None:
-            beyond = torch.arange(table.shape[1], device=x.device) >= sizes[:, number, None]
-            scores = scores.masked_fill(beyond[:, None], -torch.inf)
+        scores = _scores(residual, tables, stage, metric, sizes)
         top = scores.topk(min(2, scores.shape[-1]), -1).values
         deep = torch.ones_like(codes[..., 0], dtype=torch.bool) if depth is None else stage < depth
         finite = top[..., 0].isfinite()
@@ -60,6 +68,57 @@ def encode(
     return codes, out, error, margin
 
 
+def encode_coupled(
+    x: Tensor,
+    coupling: Tensor,
+    tables: Tensor,
+    metric: str,
+    sizes: Tensor | None,
+    depth: Tensor | None,
+    stages: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, the codes' numbers and error."""
+    width, x = tables.shape[-1], x.to(tables.dtype)
+    taken = torch.zeros_like(x)
+    codes, error = [], []
+    for stage in range(stages):
+        columns = slice(stage * width, (stage + 1) * width)
+        rows = x[..., columns] - taken @ coupling[..., columns]
+        number = stage if tables.shape[1] > 1 else 0
+        deep = None if depth is None else (depth - stage).clamp(0, 1)
+        table, of_table = tables[:, number, None], None if sizes is None else sizes[:, number, None]
+        code, taken[..., columns], gap, _ = encode(rows, table, metric, of_table, deep, 1)
+        codes.append(code), error.append(gap)
+    return torch.cat(codes, -1), taken, torch.cat(error, -1)
+
+
+def candidates(
+    x: Tensor,
+    table: Tensor,
+    k: int,
+    metric: str,
+    sizes: Tensor | None,
+    sharpness: float,
+    seed: int,
+    node: int,
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """k codes of each row, and their squared distances."""
+    rows = x.to(table.dtype)
+    scores = _scores(rows, table, 0, metric, sizes)
+    if sharpness > 0:
+        if position is None:
+            position = torch.arange(scores[..., 0].numel(), device=x.device).view(x.shape[:2])
+        noise = philox_gumbel(seed, position, node, scores.shape[-1])
+        scores = sharpness * scores.double() + noise
+    best, codes = scores.sort(dim=-1, descending=True, stable=True)
+    best, codes = best[..., :k], codes[..., :k]
+    finite = best[..., :1].abs() < torch.inf
+    codes = torch.where(finite & (best > -torch.inf), codes, -1)
+    gaps = [(rows - _codes_of(table, 0, codes[..., i, None])).square().sum(-1) for i in range(k)]
+    return codes, torch.where(codes >= 0, torch.stack(gaps, -1), torch.nan)
+
+
 def decode(codes: Tensor, tables: Tensor) -> Tensor:
     """The sum of the codes."""
     out = tables.new_zeros(*codes.shape[:2], tables.shape[-1])
@@ -75,6 +134,12 @@ def _residuals(x: Tensor, codes: Tensor, tables: Tensor) -> Iterator[tuple[int, 
         after = before - _codes_of(tables, stage, codes)
         yield stage, before, after
         before = after
+
+
+def errors(x: Tensor, codes: Tensor, tables: Tensor) -> Tensor:
+    """Squared distances [G, N, Q] after each stage; 0 where there is no code."""
+    gaps = [after.square().sum(-1) for _, _, after in _residuals(x, codes, tables)]
+    return torch.stack(gaps, -1) * (codes >= 0)
 
 
 def _summed(rows: Tensor, codes: Tensor, size: int) -> Tensor:
