@@ -18,29 +18,57 @@ namespace {
 
 #include "search.h"
 
+// |x - y|^2, of a feature in each lane and then over lanes.
+template <class Sum, class Real>
+Sum square_between(int64_t width, const Real* x, const Real* y) {
+  constexpr int64_t lanes = kLane<Sum>;
+  Sum sums[lanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes)
+    for (int64_t l = 0; l < lanes; ++l) {
+      const Sum gap = Sum(x[i + l]) - Sum(y[i + l]);
+      sums[l] += gap * gap;
+    }
+  for (; i < width; ++i) sum += (Sum(x[i]) - Sum(y[i])) * (Sum(x[i]) - Sum(y[i]));
+  for (int64_t l = 0; l < lanes; ++l) sum += sums[l];
+  return sum;
+}
+
+// Features of a block that are transposed together: as many as the first-level cache has lines for.
+constexpr int64_t kTransposed = 16;
+
 template <class Real>
 void pack(const Packing<Real>& p, int64_t lo, int64_t hi) {
   const int64_t blocks = code_blocks(p.codes);
+  const Real none[kTransposed] = {};
   for (int64_t b = lo; b < hi; ++b) {
     const int64_t t = b / blocks, first = b % blocks * kCodes;
     const int64_t size = p.sizes == nullptr ? p.codes : p.sizes[t];
+    const Real* const codes = p.table + (t * p.codes + first) * p.width;
     Real* const block = p.packed + b * block_numbers(p.width);
+    Real scale[kCodes];
     for (int64_t j = 0; j < kCodes; ++j) {
-      const int64_t k = first + j;
-      Real* const column = block + kCodes + j;
-      if (k >= size) {
-        block[j] = -INFINITY;
-        for (int64_t i = 0; i < p.width; ++i) column[i * kCodes] = 0;
-        continue;
-      }
-      const Real* const code = p.table + (t * p.codes + k) * p.width;
+      scale[j] = 1;
+      block[j] = -INFINITY;
+      if (first + j >= size) continue;
       double square = 0;
-      for (int64_t i = 0; i < p.width; ++i) square += double(code[i]) * double(code[i]);
-      const bool cosine = p.metric == kCosine;
+      const Real* const code = codes + j * p.width;
+      for (int64_t i = 0; i < p.width; i += kTransposed) {
+        const int64_t left = p.width - i;
+        square += square_between<double>(left < kTransposed ? left : kTransposed, code + i, none);
+      }
       // A code of zeros has no direction: its cosine is 0.
-      const double scale = cosine ? 1 / root(square > 0 ? square : 1.) : 1;
-      block[j] = cosine ? Real(0) : Real(-square / 2);
-      for (int64_t i = 0; i < p.width; ++i) column[i * kCodes] = Real(double(code[i]) * scale);
+      if (p.metric == kCosine) scale[j] = Real(1 / root(square > 0 ? square : 1.));
+      block[j] = p.metric == kCosine ? Real(0) : Real(-square / 2);
+    }
+    for (int64_t i = 0; i < p.width; i += kTransposed) {
+      const int64_t left = p.width - i, count = left < kTransposed ? left : kTransposed;
+      for (int64_t j = 0; j < kCodes; ++j) {
+        Real* const column = block + (1 + i) * kCodes + j;
+        const bool counts = first + j < size;
+        const Real* const code = counts ? codes + j * p.width + i : none;
+        for (int64_t k = 0; k < count; ++k) column[k * kCodes] = code[k] * scale[j];
+      }
     }
   }
 }
@@ -96,55 +124,48 @@ void search(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int
   for (int64_t b = lo; b < hi; ++b) {
     const Real* const block = blocks + b * block_numbers(q.width);
     if (tile.second != nullptr)
-      score_block<Real, true>(tile, part, q.width, block, b);
+      score_block<Real, true>(tile, part, q.width, block, b, b + 1 < hi);
     else
-      score_block<Real, false>(tile, part, q.width, block, b);
+      score_block<Real, false>(tile, part, q.width, block, b, b + 1 < hi);
   }
-}
-
-// |x - y|^2, of a feature in each lane and then over lanes.
-template <class Real>
-Real square_between(int64_t width, const Real* x, const Real* y) {
-  Real lanes[kLane<Real>] = {};
-  int64_t i = 0;
-  for (; i + kLane<Real> <= width; i += kLane<Real>)
-    for (int64_t l = 0; l < kLane<Real>; ++l) {
-      const Real gap = x[i + l] - y[i + l];
-      lanes[l] += gap * gap;
-    }
-  Real sum = 0;
-  for (; i < width; ++i) sum += (x[i] - y[i]) * (x[i] - y[i]);
-  for (int64_t l = 0; l < kLane<Real>; ++l) sum += lanes[l];
-  return sum;
 }
 
 // Takes the nearest code of each row off its residual.
 template <class Real>
 void settle(const Quantizer<Real>& q, const Tile<Real>& tile, int64_t stage, int64_t lo,
             int64_t hi) {
+  const auto place_of = [&](int64_t r) {
+    return (tile.group * q.n + tile.first + r) * q.stages + stage;
+  };
+  const auto is_deep = [&](int64_t r) { return stage < q.depth_of(tile.group, tile.first + r); };
   for (int64_t r = lo; r < hi; ++r) {
-    const int64_t row = tile.first + r, of_row = tile.group * q.n + row;
-    const int64_t at = of_row * q.stages + stage;
-    const bool deep = stage < q.depth_of(tile.group, row);
-    const Nearest<Real> found = deep ? nearest(tile, r) : Nearest<Real>{0, 0, -1};
-    q.found[at] = found.code;
+    const Nearest<Real> found = is_deep(r) ? nearest(tile, r) : Nearest<Real>{0, 0, -1};
+    q.found[place_of(r)] = found.code;
+    if (q.margin != nullptr)
+      q.margin[place_of(r)] = found.code >= 0 ? 2 * (found.score - found.second)
+                              : is_deep(r)    ? Real(NAN)
+                                              : Real(0);
+  }
+  for (int64_t r = lo; r < hi; ++r) {
+    const int64_t k = q.found[place_of(r)], next = r + 1 < hi ? q.found[place_of(r + 1)] : -1;
+    if (next >= 0)
+      Ahead(q.code(tile.group, stage, next), q.width * int64_t(sizeof(Real)), 1).fetch();
+    const int64_t of_row = tile.group * q.n + tile.first + r;
     Real* const residual = tile.residual + r * q.width;
     Real* const out = q.out == nullptr ? nullptr
                                        : q.out + of_row * q.out_width() +
                                              (q.coupling == nullptr ? 0 : stage * q.width);
-    const Real broken = Real(NAN);
-    if (found.code < 0) {
-      if (q.error != nullptr) q.error[at] = deep ? broken : Real(0);
-      if (q.margin != nullptr) q.margin[at] = deep ? broken : Real(0);
-      for (int64_t i = 0; i < q.width && deep && out != nullptr; ++i) out[i] = broken;
+    Real* const error = q.error == nullptr ? nullptr : q.error + place_of(r);
+    if (k < 0) {
+      if (error != nullptr) *error = is_deep(r) ? Real(NAN) : Real(0);
+      for (int64_t i = 0; i < q.width && is_deep(r) && out != nullptr; ++i) out[i] = Real(NAN);
       continue;
     }
-    const Real* const code = q.code(tile.group, stage, found.code);
-    if (q.error != nullptr) q.error[at] = square_between(q.width, residual, code);
+    const Real* const code = q.code(tile.group, stage, k);
+    if (error != nullptr) *error = square_between<Real>(q.width, residual, code);
     for (int64_t i = 0; i < q.width; ++i) residual[i] -= code[i];
     if (out != nullptr)
       for (int64_t i = 0; i < q.width; ++i) out[i] += code[i];
-    if (q.margin != nullptr) q.margin[at] = 2 * (found.score - found.second);
   }
 }
 
@@ -161,12 +182,10 @@ void candidates(const Candidates<Real>& c, int64_t group, int64_t first, int64_t
   const int64_t blocks = code_blocks(c.codes);
   for (int64_t b = 0; b < blocks; ++b) {
     const Real* const block = c.packed + (group * blocks + b) * block_numbers(c.width);
-    each_part(x, rows, c.width, block, [&](int64_t r, int64_t from, const auto& scores) {
-      constexpr int64_t count = sizeof(scores.at) / sizeof(scores.at[0]);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t v = 0; v < kVectors; ++v)
-          vector_at(score + (r + i) * kCodes + from + v * kLane<Real>) = scores.at[i][v];
-    });
+    each_part(x, rows, c.width, block, b + 1 < blocks, score,
+              [&](int64_t r, int64_t from, const auto& scores) {
+                scores.store(score + r * kCodes + from, kCodes);
+              });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = group * c.n + first + r;
       const int64_t position = c.position == nullptr ? row : c.position[row];
@@ -182,7 +201,7 @@ void candidates(const Candidates<Real>& c, int64_t group, int64_t first, int64_t
       c.found[at] = k;
       c.error[at] =
           k < 0 ? Real(NAN)
-                : square_between(c.width, of_row, c.table + (group * c.codes + k) * c.width);
+                : square_between<Real>(c.width, of_row, c.table + (group * c.codes + k) * c.width);
     }
   }
 }

@@ -93,6 +93,7 @@ struct Tile {
   Real* score;         // [parts, rows, lanes]
   Real* second;        // the same; null: not asked for
   Place<Real>* place;  // the same
+  Real* waiting;       // [parts, rows, kCodes]: scores that are not summed to their end yet
 };
 
 // A second way through the stages, along codes that are known: the residuals of one group before or after a

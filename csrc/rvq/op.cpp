@@ -55,14 +55,15 @@ char* align_up(void* memory) {
 
 template <class Real>
 struct TileMemory {
-  int64_t residual, scores;
+  int64_t residual, scores, waiting;
 
   TileMemory(int64_t rows, int64_t parts, const Quantizer<Real>& q, int64_t lanes)
       : residual(aligned(rows * q.width * int64_t(sizeof(Real)))),
-        scores(aligned(parts * rows * lanes * int64_t(sizeof(Real)))) {}
+        scores(aligned(parts * rows * lanes * int64_t(sizeof(Real)))),
+        waiting(parts * rows * kCodes * int64_t(sizeof(Real))) {}
 
   static int64_t aligned(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
-  int64_t bytes() const { return residual + 3 * scores + 64; }
+  int64_t bytes() const { return residual + 3 * scores + waiting + 64; }
 
   Tile<Real> at(void* memory, int64_t group, int64_t first, int64_t rows, int64_t parts,
                 bool second) const {
@@ -75,7 +76,8 @@ struct TileMemory {
             reinterpret_cast<Real*>(base),
             reinterpret_cast<Real*>(numbers),
             second ? reinterpret_cast<Real*>(numbers + scores) : nullptr,
-            reinterpret_cast<Place<Real>*>(numbers + 2 * scores)};
+            reinterpret_cast<Place<Real>*>(numbers + 2 * scores),
+            reinterpret_cast<Real*>(numbers + 3 * scores)};
   }
 };
 
@@ -99,7 +101,7 @@ void encode_few(const Quantizer<Real>& q, int64_t group, const Tensor& like) {
   for (int64_t stage = 0; stage < q.stages; ++stage) {
     if (q.coupling != nullptr) step.couple(q, tile, stage, 0, q.n);
     if (any_deep(q, tile, stage))
-      parallel(parts, 1 + (int64_t(1) << 18) / (of_part + 1), [&](int64_t lo, int64_t hi) {
+      parallel(parts, 1 + (int64_t(1) << 15) / (of_part + 1), [&](int64_t lo, int64_t hi) {
         for (int64_t part = lo; part < hi; ++part)
           step.search(q, tile, stage, part, part * blocks / parts, (part + 1) * blocks / parts);
       });

@@ -60,18 +60,28 @@ template <class Real, int64_t Rows>
 struct Scores {
   Vector<Real> at[Rows][kVectors];
 
-  SH_INLINE Scores(const Real* x, int64_t width, const Real* block, int64_t from) {
-    using V = Vector<Real>;
-    constexpr int64_t lane = kLane<Real>;
+  // As they begin, the same for all rows (stride 0), or as `store` has left them.
+  SH_INLINE void load(const Real* begin, int64_t stride) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kVectors; ++v) at[i][v] = vector_at(block + from + v * lane);
-    const Real* codes = block + kCodes + from;
-    for (int64_t k = 0; k < width; ++k, codes += kCodes) {
+      for (int64_t v = 0; v < kVectors; ++v)
+        at[i][v] = vector_at(begin + i * stride + v * kLane<Real>);
+  }
+  SH_INLINE void store(Real* to, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kVectors; ++v)
+        vector_at(to + i * stride + v * kLane<Real>) = at[i][v];
+  }
+  // `count` features of rows that are `width` apart.
+  SH_INLINE void add(const Real* x, int64_t width, const Real* codes, int64_t count) {
+    using V = Vector<Real>;
+    for (int64_t k = 0; k < count; ++k, codes += kCodes) {
       V code[kVectors];
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kVectors; ++v) code[v] = vector_at(codes + v * lane);
+      for (int64_t v = 0; v < kVectors; ++v) code[v] = vector_at(codes + v * kLane<Real>);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < Rows; ++i) {
         const V xi = x[i * width + k] - V{};
@@ -82,16 +92,55 @@ struct Scores {
   }
 };
 
-// f(first row, scores of kRows rows or of one) of all rows and each part of a block, which begins `from`
-// codes into it.
-template <class Real, class F>
-SH_INLINE void each_part(const Real* x, int64_t rows, int64_t width, const Real* block, F f) {
-  for (int64_t from = 0; from < kCodes; from += kVectors * kLane<Real>) {
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
-      f(r, from, Scores<Real, kRows>(x + r * width, width, block, from));
-    for (; r < rows; ++r) f(r, from, Scores<Real, 1>(x + r * width, width, block, from));
+// Features of a block that stay in the first-level cache while rows pass by; of wide rows unfinished scores
+// wait in `waiting` [rows, kCodes], and are still summed feature by feature.
+constexpr int64_t kAtOnce = 96, kNarrow = 160;
+
+// What is read next is on its way to the second-level cache, piece by piece, while something is computed.
+struct Ahead {
+  const char *at, *end;
+  int64_t piece;
+
+  SH_INLINE Ahead(const void* begin, int64_t bytes, int64_t pieces)
+      : at(static_cast<const char*>(begin)), end(at + bytes), piece(bytes / pieces + 64) {}
+  SH_INLINE void fetch() {
+    const char* const last = end - at < piece ? end : at + piece;
+    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
   }
+};
+
+// f(first row, code of the block, scores of kRows rows or of one) of all rows and all codes of a block;
+// another block follows in memory if there are `more`.
+template <class Real, class F>
+SH_INLINE void each_part(const Real* x, int64_t rows, int64_t width, const Real* block, bool more,
+                         Real* waiting, F f) {
+  const int64_t chunks = width <= kNarrow ? 1 : (width + kAtOnce - 1) / kAtOnce;
+  const int64_t calls = chunks * (rows / kRows) * kCodes / (kVectors * kLane<Real>);
+  // Few rows are through with a block before another is there.
+  const int64_t bytes =
+      more && rows >= 4 * kRows ? block_numbers(width) * int64_t(sizeof(Real)) : 0;
+  Ahead ahead(block + block_numbers(width), bytes, calls + 1);
+  for (int64_t from = 0; from < kCodes; from += kVectors * kLane<Real>)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = chunk * width / chunks, last = (chunk + 1) * width / chunks;
+      const auto go = [&](int64_t r, auto score) {
+        if (chunk == 0)
+          score.load(block + from, 0);
+        else
+          score.load(waiting + r * kCodes + from, kCodes);
+        score.add(x + r * width + first, width, block + (1 + first) * kCodes + from, last - first);
+        if (chunk + 1 < chunks)
+          score.store(waiting + r * kCodes + from, kCodes);
+        else
+          f(r, from, score);
+      };
+      int64_t r = 0;
+      for (; r + kRows <= rows; r += kRows) {
+        ahead.fetch();
+        go(r, Scores<Real, kRows>());
+      }
+      for (; r < rows; ++r) go(r, Scores<Real, 1>());
+    }
 }
 
 // The best of a tile's rows so far against a part of a block. Of equal scores the first stays: codes of a
@@ -125,8 +174,8 @@ SH_INLINE void take_best(const Tile<Real>& tile, int64_t part, int64_t r, int64_
 
 template <class Real, bool Second>
 void score_block(const Tile<Real>& tile, int64_t part, int64_t width, const Real* block,
-                 int64_t number) {
-  each_part(tile.residual, tile.rows, width, block,
+                 int64_t number, bool more) {
+  each_part(tile.residual, tile.rows, width, block, more, tile.waiting + part * tile.rows * kCodes,
             [&](int64_t r, int64_t from, const auto& score) {
               take_best<Real, Second>(tile, part, r, number * kCodes + from, score);
             });
