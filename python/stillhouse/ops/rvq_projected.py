@@ -82,9 +82,13 @@ def projected_rvq(
         like = z.detach()[:, :narrow].reshape(*x.shape[:-1], narrow)
         call = Call(like, codebooks, metric, num_quantizers, mask, sizes, packed)
         codes, taken, error = Coupled.apply(call, grad, z[None], coupling[None], call.tables)
-        out = taken[0] @ back.T
-        if out_of[1] is not None:
-            out = out + (codes[0] >= 0).to(out.dtype) @ out_of[1][:stages]
+        if out_of[1] is None:
+            out = taken[0] @ back
+        elif call.depth is None:
+            out = torch.addmm(out_of[1][:stages].sum(0), taken[0], back)
+        else:
+            deep = (codes[0] >= 0).to(back.dtype)
+            out = torch.addmm(deep @ out_of[1][:stages], taken[0], back)
     return ResidualCodes(out.view(*x.shape), call.shaped(codes), call.shaped(error))
 
 
@@ -92,20 +96,19 @@ def _narrow(
     rows, into: Linear, out_of: Linear, stages: int, grad: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z [N, Q d] before any code is taken, what each number of the codes takes off each number of
-    later stages [Q d, Q d], and the way back [D, Q d]."""
+    later stages [Q d, Q d], and the way back [Q d, D]."""
     narrow, wide = into[0].shape[1:]
     weight = into[0][:stages].reshape(-1, wide)
-    back = out_of[0][:stages].transpose(0, 1).reshape(wide, -1)
-    z = rows @ weight.T
+    back = out_of[0][:stages].transpose(1, 2).reshape(-1, wide)
     stage = torch.arange(stages, device=rows.device).repeat_interleave(narrow)
     taken = back.detach() if grad == "stage_sum" else back
-    coupling = (weight @ taken).T * (stage[:, None] < stage)
-    if into[1] is not None:
-        z = z + into[1][:stages].reshape(-1)
+    coupling = (taken @ weight.T) * (stage[:, None] < stage)
+    offset = rows.new_zeros(stages, narrow) if into[1] is None else into[1][:stages]
     if out_of[1] is not None:
         before = out_of[1][:stages].cumsum(0) - out_of[1][:stages]
         before = before.detach() if grad == "stage_sum" else before
-        z = z - torch.einsum("qdw,qw->qd", into[0][:stages], before).reshape(-1)
+        offset = offset - torch.einsum("qdw,qw->qd", into[0][:stages], before)
+    z = torch.addmm(offset.reshape(-1), rows, weight.T)
     return z, coupling, back
 
 
