@@ -10,7 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from stillhouse.ops import divergence_autograd, linear_divergence_autograd, sinkhorn_autograd
+from stillhouse.ops import (
+    divergence_autograd,
+    linear_divergence_autograd,
+    rvq_autograd,
+    sinkhorn_autograd,
+)
 
 # SIMT_LIBRARY names another build, such as the one with sanitizers.
 SIMT = Path(os.environ.get("SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so"))
@@ -53,7 +58,8 @@ def gpu(request):
 @cache
 def _simt_ops():
     torch.ops.load_library(str(SIMT))
-    for family in (divergence_autograd, linear_divergence_autograd, sinkhorn_autograd):
+    families = divergence_autograd, linear_divergence_autograd, rvq_autograd, sinkhorn_autograd
+    for family in families:
         family.register("stillhouse_simt")
     return torch.ops.stillhouse_simt
 

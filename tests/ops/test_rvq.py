@@ -8,15 +8,6 @@ from stillhouse.ops import rvq_reference
 from stillhouse.ops.rvq_autograd import rotated_gradient
 
 
-@pytest.fixture(params=range(ops.cpu_level() + 1), ids=lambda n: f"level{n}")
-def cpu_level(request):
-    """Each instruction set of the CPU."""
-    best = ops.cpu_level()
-    ops.cpu_level(request.param)
-    yield request.param
-    ops.cpu_level(best)
-
-
 def problem(n, d, k, q, *, groups=(), dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -59,7 +50,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_brute_force(cpu_level, shape, dtype):
+def test_brute_force(level, shape, dtype):
     x, tables = problem(*shape, dtype=dtype)
     found = ops.rvq(x, tables)
     expected, gaps, left = brute_force(x, tables)
@@ -77,6 +68,40 @@ def test_brute_force(cpu_level, shape, dtype):
     assert torch.equal(ops.rvq_decode(found.codes, tables), found.out)
 
 
+# Rows that fill CUDA's tiles for tensor cores, of either size.
+@pytest.mark.parametrize("n", [50, 100, 150])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_candidates_of_tensor_cores(n, metric, level):
+    """The search for margins scores every code exactly; both find the same."""
+    x, tables = problem(n, 44, 330, 3)
+    tables[1] *= 10 ** torch.linspace(-3, 1, 330)[:, None]  # lengths of all sizes
+    tables[2] = tables[2, :1] + 1e-3 * tables[2]  # and codes that lie close together
+    codes = ops.rvq_encode(x, tables, metric=metric)
+    exact, margin = ops.rvq_encode(x, tables, metric=metric, return_margin=True)
+    assert torch.equal(codes, exact)
+    expected, gaps, _ = brute_force(x, tables, metric=metric)
+    sure = (gaps > 1e-5).cummin(-1).values
+    assert (codes == expected)[sure].all()
+    assert sure[:, :2].all() or sure.float().mean() > 0.9
+    assert (margin >= 0).all()
+
+
+def test_more_candidates_than_there_is_room_for(level):
+    """Equal codes by the hundred, nearly equal ones, scores that overflow, rows that are not finite."""
+    x, tables = problem(100, 36, 300, 2)
+    tables[0, 40:] = tables[0, 40]
+    tables[1, 7:] = tables[1, 7] * (1 + 1e-6 * torch.arange(293)[:, None])
+    x[3] = 1e19
+    x[4] = 3e38
+    x[5, 2], x[6, 2] = torch.nan, -torch.inf
+    x[50:] = tables[0, 40] * 1.1
+    codes = ops.rvq_encode(x, tables)
+    exact, _ = ops.rvq_encode(x, tables, return_margin=True)
+    assert torch.equal(codes, exact)
+    assert (codes[50:, 0] == 40).all()
+    assert (codes[4:7, 0] == -1).all()
+
+
 def test_a_hundred_thousand_rows():
     x, tables = problem(100_000, 16, 256, 2)
     codes, margin = ops.rvq_encode(x, tables, return_margin=True)
@@ -89,7 +114,7 @@ def test_a_hundred_thousand_rows():
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 600])
-def test_a_row_does_not_depend_on_its_batch(cpu_level, n):
+def test_a_row_does_not_depend_on_its_batch(level, n):
     x, tables = problem(600, 24, 200, 4)
     whole = ops.rvq(x, tables)
     part = ops.rvq(x[:n], tables)
@@ -103,7 +128,7 @@ def test_a_row_does_not_depend_on_its_batch(cpu_level, n):
         torch.set_num_threads(before)
 
 
-def test_ties_go_to_the_lowest(cpu_level):
+def test_ties_go_to_the_lowest(level):
     """Equal codes in one lane, in other lanes, in other blocks; and a row as far from two."""
     table = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     for copy in (299, 64, 16, 8, 4, 1):
@@ -117,7 +142,7 @@ def test_ties_go_to_the_lowest(cpu_level):
     assert (margin == 0).all()
 
 
-def test_depth_and_mask(cpu_level):
+def test_depth_and_mask(level):
     x, tables = problem(40, 12, 70, 5)
     depth = torch.arange(40) % 6
     found = ops.rvq(x, tables, num_quantizers=depth)
@@ -140,7 +165,7 @@ def test_depth_and_mask(cpu_level):
     torch.testing.assert_close(sums, kept[1])
 
 
-def test_shared_groups_and_sizes(cpu_level):
+def test_shared_groups_and_sizes(level):
     x, tables = problem(30, 6, 50, 3)
     shared = tables[:1].expand(4, -1, -1)
     expected, _, _ = brute_force(x, tables[:1], stages=4)
@@ -167,7 +192,7 @@ def test_shared_groups_and_sizes(cpu_level):
         residual = residual - table[codes[:, stage]]
 
 
-def test_cosine(cpu_level):
+def test_cosine(level):
     x, tables = problem(200, 9, 80, 3)
     expected, gaps, _ = brute_force(x, tables, metric="cosine")
     codes, margin = ops.rvq_encode(x, tables, metric="cosine", return_margin=True)
@@ -178,7 +203,7 @@ def test_cosine(cpu_level):
     assert torch.equal(grown, codes[:, :1])
 
 
-def test_rows_that_are_not_finite(cpu_level):
+def test_rows_that_are_not_finite(level):
     x, tables = problem(700, 6, 20, 2)
     expected = ops.rvq_encode(x, tables)
     x[3, 2], x[9, 0], x[650, 5] = torch.nan, torch.inf, -torch.inf
@@ -227,7 +252,7 @@ def jacobian(x, tables, grad):
     return torch.stack(rows)
 
 
-def test_what_each_mode_says(cpu_level):
+def test_what_each_mode_says(level):
     x, tables = problem(1, 7, 30, 3, dtype=torch.float64)
     identity = torch.eye(7, dtype=torch.float64)
     assert torch.equal(jacobian(x, tables, "ste"), identity)

@@ -10,14 +10,6 @@ from stillhouse.ops import rvq_autograd
 DOUBLE = torch.float64
 
 
-@pytest.fixture(params=range(ops.cpu_level() + 1), ids=lambda n: f"level{n}")
-def level(request):
-    best = ops.cpu_level()
-    ops.cpu_level(request.param)
-    yield request.param
-    ops.cpu_level(best)
-
-
 def problem(n=50, wide=20, narrow=4, k=30, q=3, dtype=DOUBLE):
     generator = torch.Generator("cpu").manual_seed(0)
 

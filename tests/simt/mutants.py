@@ -21,6 +21,15 @@ TESTS = {
         "or pairwise and 1025 or debiased or points_are and 3 or any_length and 4097)",
         ["tests/ops/test_sinkhorn.py", "tests/ops/test_pairwise_l1.py"],
     ),
+    "rvq": (
+        "simt and (tensor_cores or room_for or brute_force and shape1 and dtype0 or nearest_of "
+        "or draws_are or codes_and_outputs or modes or have_gradients)",
+        [
+            "tests/ops/test_rvq.py",
+            "tests/ops/test_rvq_search.py",
+            "tests/ops/test_rvq_projected.py",
+        ],
+    ),
 }
 BARRIER = re.compile(r"__syncthreads\(\)|__syncwarp\(")
 MASKED = re.compile(r"__(shfl\w*|ballot|any|all|match_any)_sync\(")

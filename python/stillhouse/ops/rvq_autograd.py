@@ -57,7 +57,7 @@ def _fake_gradient(upstream, x, codes, codebooks, want_x, want_codebooks):
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the kernels are built for its device; says so where they are not."""
-    if x.device.type == "cpu":
+    if divergence_autograd.has_kernel(x):
         return True
     warn_without_kernel(x, "residual quantization")
     return False
