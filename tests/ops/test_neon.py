@@ -33,14 +33,24 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
+def build(tmp_path_factory):
+    """build(source): the program that a file beside this one is."""
     for tool in (COMPILER, EMULATOR):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    binary = tmp_path_factory.mktemp("neon") / "driver"
-    source = Path(__file__).with_name("neon_driver.cpp")
-    subprocess.run([COMPILER, *FLAGS, source, "-o", binary], check=True)
-    return binary
+
+    def build(source):
+        binary = tmp_path_factory.mktemp("neon") / "driver"
+        source = Path(__file__).with_name(source)
+        subprocess.run([COMPILER, *FLAGS, source, "-o", binary], check=True)
+        return binary
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def driver(build):
+    return build("neon_driver.cpp")
 
 
 @pytest.mark.parametrize("columns", [7, 49, 5003])
@@ -61,3 +71,25 @@ def test_neon(driver, tmp_path, kind, columns):
     torch.testing.assert_close(result[:rows], value, rtol=1e-5, atol=5e-7)
     error = (result[rows:].view(rows, columns) - student.grad).abs().amax()
     assert error < 3e-6 * student.grad.abs().amax() + 3e-7
+
+
+@pytest.fixture(scope="module")
+def quantizer(build):
+    return build("neon_rvq_driver.cpp")
+
+
+@pytest.mark.parametrize(("n", "width", "codes"), [(13, 24, 100), (3, 200, 65), (1, 1, 1)])
+def test_neon_quantizer(quantizer, tmp_path, n, width, codes):
+    """Codes are those of any instruction set that rounds a product and its sum once."""
+    x, tables = torch.randn(n, width), torch.randn(3, codes, width)
+    numbers = torch.cat([x.flatten(), tables.flatten()])
+    numbers.numpy().tofile(tmp_path / "numbers.bin")
+    shape = map(str, (n, width, codes, 3))
+    command = [EMULATOR, quantizer, *shape, "numbers.bin", "result.bin"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    result = torch.from_numpy(np.fromfile(tmp_path / "result.bin", dtype=np.float32))
+    expected, margin = ops.rvq_encode(x.double(), tables.double(), return_margin=True)
+    assert (margin > 1e-5).all()
+    found = ops.rvq(x.double(), tables.double())
+    assert torch.equal(result[: n * 3].view(n, 3).long(), expected)
+    torch.testing.assert_close(result[n * 3 :].view(n, 3), found.error.float())

@@ -87,7 +87,7 @@ def test_candidates_of_tensor_cores(n, metric, level):
 
 
 def test_more_candidates_than_there_is_room_for(level):
-    """Equal codes by the hundred, nearly equal ones, scores that overflow, rows that are not finite."""
+    """Equal codes by the hundred, nearly equal ones, scores that overflow, rows not finite."""
     x, tables = problem(100, 36, 300, 2)
     tables[0, 40:] = tables[0, 40]
     tables[1, 7:] = tables[1, 7] * (1 + 1e-6 * torch.arange(293)[:, None])
