@@ -221,46 +221,60 @@ void decode(const Quantizer<Real>& q, int64_t lo, int64_t hi) {
   }
 }
 
+// Of each code the sum over its rows, in the rows' order: of residuals, or of what a squared distance's
+// derivative to the code is made of.
 template <class Real>
-void widen_rows(const Residuals<Real>& r, int64_t lo, int64_t hi) {
-  for (int64_t row = lo; row < hi; ++row)
-    widen_row(r.x, r.x_dtype, r.group * r.n + row, r.width, r.residual + row * r.width);
-}
-
-// Of codes lo ... hi - 1 the sum over their rows, in the rows' order: of residuals, or of what a squared
-// distance's derivative to the code is made of.
-template <class Real>
-void collect(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
-  const int64_t table = r.table_of(stage);
-  for (int64_t k = lo; k < hi; ++k) {
-    const int64_t first = r.starts[k], last = r.starts[k + 1];
-    if (r.counts != nullptr) r.counts[table * r.codes + k] += Real(last - first);
-    if (r.of_codes == nullptr) continue;
-    Real* const sum = r.of_codes + (table * r.codes + k) * r.width;
-    for (int64_t at = first; at < last; ++at) {
-      const int64_t row = r.order[at];
-      const Real* const residual = r.residual + row * r.width;
+void collect(const Residuals<Real>& r, const Slice& s, int64_t stage, const Real* residual) {
+  const int64_t of_stage = s.group * r.stages + stage, table = r.table_of(s.group, stage);
+  const int64_t* const order = r.order + of_stage * r.n;
+  const int64_t* const starts = r.starts + of_stage * (r.codes + 1);
+  for (int64_t k = 0; k < r.codes; ++k) {
+    if (r.counts != nullptr && s.first == 0)
+      r.counts[table * r.codes + k] += Real(starts[k + 1] - starts[k]);
+    Real* const sum = r.of_codes + (table * r.codes + k) * r.width + s.first;
+    for (int64_t at = starts[k]; at < starts[k + 1]; ++at) {
+      const int64_t row = order[at];
+      const Real* const of_row = residual + row * s.count;
       const Real weight = r.upstream == nullptr
                               ? Real(1)
-                              : -2 * r.upstream[(r.group * r.n + row) * r.stages + stage];
-      for (int64_t i = 0; i < r.width; ++i) sum[i] += weight * residual[i];
+                              : -2 * r.upstream[(s.group * r.n + row) * r.stages + stage];
+      for (int64_t i = 0; i < s.count; ++i) sum[i] += weight * of_row[i];
     }
   }
 }
 
-// Takes the codes of a stage off rows lo ... hi - 1.
+// Takes the codes of a stage off rows.
 template <class Real>
-void advance(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
-  for (int64_t row = lo; row < hi; ++row) {
-    const int64_t of_row = r.group * r.n + row, at = of_row * r.stages + stage;
+void advance(const Residuals<Real>& r, const Slice& s, int64_t stage, Real* residual) {
+  const Real* const table = r.table + r.table_of(s.group, stage) * r.codes * r.width + s.first;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const int64_t of_row = s.group * r.n + s.first_row + row, at = of_row * r.stages + stage;
+    // Tables are larger than caches: codes of rows to come are asked for.
+    if (row + 4 < s.rows && r.found[at + 4 * r.stages] >= 0)
+      Ahead(table + r.found[at + 4 * r.stages] * r.width, s.count * int64_t(sizeof(Real)), 1)
+          .fetch();
     if (r.found[at] < 0) continue;
-    const Real* const code = r.table + (r.table_of(stage) * r.codes + r.found[at]) * r.width;
-    Real* const residual = r.residual + row * r.width;
-    for (int64_t i = 0; i < r.width; ++i) residual[i] -= code[i];
+    const Real* const code = table + r.found[at] * r.width;
+    Real* const left = residual + row * s.count;
+    for (int64_t i = 0; i < s.count; ++i) left[i] -= code[i];
     if (r.d_x == nullptr) continue;
     const Real weight = 2 * r.upstream[at];
-    Real* const d_x = r.d_x + of_row * r.width;
-    for (int64_t i = 0; i < r.width; ++i) d_x[i] += weight * residual[i];
+    Real* const d_x = r.d_x + of_row * r.width + s.first;
+    for (int64_t i = 0; i < s.count; ++i) d_x[i] += weight * left[i];
+  }
+}
+
+template <class Real>
+void follow(const Residuals<Real>& r, const Slice& s, Real* residual) {
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const int64_t first = (s.group * r.n + s.first_row + row) * r.width + s.first;
+    widen_some(r.x, r.x_dtype, first, s.count, residual + row * s.count);
+  }
+  const bool after = r.upstream != nullptr;
+  for (int64_t stage = 0; stage < r.stages; ++stage) {
+    if (after) advance(r, s, stage, residual);
+    if (r.of_codes != nullptr) collect(r, s, stage, residual);
+    if (!after) advance(r, s, stage, residual);
   }
 }
 
@@ -269,9 +283,9 @@ void advance(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi) {
 extern const RvqKernels rvq_kernels;
 const RvqKernels rvq_kernels = {
     {kLane<float>, pack<float>, begin<float>, search<float>, couple<float>, settle<float>,
-     candidates<float>, decode<float>, widen_rows<float>, collect<float>, advance<float>},
+     candidates<float>, decode<float>, follow<float>},
     {kLane<double>, pack<double>, begin<double>, search<double>, couple<double>, settle<double>,
-     candidates<double>, decode<double>, widen_rows<double>, collect<double>, advance<double>}};
+     candidates<double>, decode<double>, follow<double>}};
 
 }  // namespace STILLHOUSE_ISA
 }  // namespace stillhouse

@@ -76,8 +76,7 @@ struct FilterSearch {
       length[i] = root(float(tile.square[first + g + 8 * i])) * 1.00001f;
       bound[i] = -INFINITY;
     }
-    if (lane < kOwnRows) count[first + lane] = 0;
-    __syncwarp(kFullMask);
+    if (lane < kOwnRows) count[first + lane] = 0;  // a chunk's barrier is before they are counted
     const ChunkStream<float, kFilterChunk, kFilterStride, kThreads> chunks(
         blocks, code_blocks(q.codes), q.width, buffer);
     float sum[kTiles][kColumns][4];

@@ -96,8 +96,8 @@ struct Tile {
   Real* waiting;       // [parts, rows, kCodes]: scores that are not summed to their end yet
 };
 
-// A second way through the stages, along codes that are known: the residuals of one group before or after a
-// stage, summed over the rows that each code was given.
+// A second way through the stages, along codes that are known: the residuals before or after a stage, summed
+// over the rows that each code was given.
 template <class Real>
 struct Residuals {
   int64_t groups, n, width, codes, tables, stages;
@@ -109,14 +109,17 @@ struct Residuals {
   Real* d_x;              // [G, N, D], or null
   Real* of_codes;         // [G, T, K, D]: sums, or the derivative of the table; or null
   Real* counts;           // [G, T, K], or null
-  int64_t group;          // that is under way
-  Real* residual;         // [N, D]
-  const int64_t* order;   // [N]: rows by code, in their order
-  const int64_t* starts;  // [K + 1]: where those of a code begin
+  const int64_t* order;   // [G, Q, N]: a stage's rows by code, in their order
+  const int64_t* starts;  // [G, Q, K + 1]: where those of a code begin
 
-  SH_INLINE int64_t table_of(int64_t stage) const {
+  SH_INLINE int64_t table_of(int64_t group, int64_t stage) const {
     return group * tables + (tables == 1 ? 0 : stage);
   }
+};
+
+// Some rows of a group, and some of their features. Sums are of all rows.
+struct Slice {
+  int64_t group, first_row, rows, first, count;
 };
 
 template <class Real>
@@ -134,9 +137,7 @@ struct RvqSteps {
   void (*candidates)(const Candidates<Real>& c, int64_t group, int64_t first, int64_t rows,
                      void* memory);                                  // of candidate_bytes
   void (*decode)(const Quantizer<Real>& q, int64_t lo, int64_t hi);  // rows of all groups
-  void (*widen_rows)(const Residuals<Real>& r, int64_t lo, int64_t hi);
-  void (*collect)(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi);  // codes
-  void (*advance)(const Residuals<Real>& r, int64_t stage, int64_t lo, int64_t hi);  // rows
+  void (*follow)(const Residuals<Real>& r, const Slice& slice, Real* residual);  // [rows, count]
 };
 
 // Rows of a tile of `candidates`, and what it needs.

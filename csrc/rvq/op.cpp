@@ -131,6 +131,14 @@ void encode_many(const Quantizer<Real>& q) {
   });
 }
 
+// Features of all rows that go through all stages together: as many as a second-level cache holds, and some
+// slices for threads; whole lines of the cache.
+int64_t slice_width(int64_t n, int64_t width, int64_t item) {
+  const int64_t held = kTileBytes / (n * item), shared = width / 4;
+  const int64_t wide = held < shared ? held : shared;
+  return wide < 16 ? 16 : wide / 16 * 16;
+}
+
 // Rows by their code of a stage, in order, those without one left out.
 void sort_by_code(const int64_t* found, int64_t n, int64_t stages, int64_t codes, int64_t* starts,
                   int64_t* order) {
@@ -201,33 +209,41 @@ struct Cpu {
 
   template <class Real>
   static void follow(Residuals<Real> r, const Tensor& like) {
-    const RvqSteps<Real>& step = steps(r.table);
     check_found(r.found, r.groups * r.n * r.stages, r.codes);
-    const int64_t bytes = r.n * r.width * int64_t(sizeof(Real)) + 8 * (r.n + r.codes + 1);
-    const Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    int64_t* const order = static_cast<int64_t*>(memory.data_ptr());
-    int64_t* const starts = order + r.n;
-    r.order = order, r.starts = starts;
-    r.residual = reinterpret_cast<Real*>(starts + r.codes + 1);
-    const int64_t of_rows = 1 + (int64_t(1) << 15) / (r.width + 1);
-    const int64_t of_codes = 1 + of_rows * r.codes / (r.n + r.codes);
-    const bool after = r.upstream != nullptr;
-    for (r.group = 0; r.group < r.groups; ++r.group) {
-      parallel(r.n, of_rows, [&](int64_t lo, int64_t hi) { step.widen_rows(r, lo, hi); });
-      for (int64_t stage = 0; stage < r.stages; ++stage) {
-        const auto advance = [&] {
-          parallel(r.n, of_rows, [&](int64_t lo, int64_t hi) { step.advance(r, stage, lo, hi); });
-        };
-        if (after) advance();
-        if (r.of_codes != nullptr) {
-          sort_by_code(r.found + r.group * r.n * r.stages + stage, r.n, r.stages, r.codes, starts,
-                       order);
-          parallel(r.codes, of_codes,
-                   [&](int64_t lo, int64_t hi) { step.collect(r, stage, lo, hi); });
+    const auto run = [&](const Slice& slice) {
+      const int64_t bytes = slice.rows * slice.count * int64_t(sizeof(Real));
+      steps(r.table).follow(r, slice,
+                            reinterpret_cast<Real*>(align_up(thread_scratch(bytes + 64))));
+    };
+    if (r.of_codes == nullptr) {
+      const int64_t rows = 16, of_group = (r.n + rows - 1) / rows;
+      const int64_t grain = 1 + (int64_t(1) << 15) / (rows * r.width * r.stages + 1);
+      return parallel(r.groups * of_group, grain, [&](int64_t lo, int64_t hi) {
+        for (int64_t t = lo; t < hi; ++t) {
+          const int64_t first = t % of_group * rows, left = r.n - first;
+          run({t / of_group, first, left < rows ? left : rows, 0, r.width});
         }
-        if (!after) advance();
-      }
+      });
     }
+    const int64_t of_group = r.stages * (r.n + r.codes + 1);
+    const Tensor memory = torch::stable::new_empty(like, {r.groups * of_group}, ScalarType::Long);
+    int64_t* const order = static_cast<int64_t*>(memory.data_ptr());
+    int64_t* const starts = order + r.groups * r.stages * r.n;
+    r.order = order, r.starts = starts;
+    parallel(r.groups * r.stages, 1 + (int64_t(1) << 13) / r.n, [&](int64_t lo, int64_t hi) {
+      for (int64_t i = lo; i < hi; ++i)
+        sort_by_code(r.found + i / r.stages * r.n * r.stages + i % r.stages, r.n, r.stages, r.codes,
+                     starts + i * (r.codes + 1), order + i * r.n);
+    });
+    const int64_t wide = slice_width(r.n, r.width, sizeof(Real));
+    const int64_t slices = (r.width + wide - 1) / wide;
+    const int64_t grain = 1 + (int64_t(1) << 15) / (r.n * wide * r.stages + 1);
+    parallel(r.groups * slices, grain, [&](int64_t lo, int64_t hi) {
+      for (int64_t t = lo; t < hi; ++t) {
+        const int64_t first = t % slices * wide, left = r.width - first;
+        run({t / slices, 0, r.n, first, left < wide ? left : wide});
+      }
+    });
   }
 };
 

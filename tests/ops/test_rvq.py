@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stillhouse import ops
-from stillhouse.ops import rvq_reference
+from stillhouse.ops import rvq_autograd, rvq_reference
 from stillhouse.ops.rvq_autograd import rotated_gradient
 
 
@@ -277,7 +277,7 @@ def test_rotations_that_there_are_not():
 
 
 @pytest.mark.parametrize("grad", ["ste", "encodec"])
-def test_errors_have_gradients(grad):
+def test_errors_have_gradients(grad, level):
     """As autograd has them of the loss written out, with codes held fixed."""
     x, tables = problem(20, 6, 12, 3, dtype=torch.float64)
     weight = torch.rand(20, 3, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_errors_have_gradients(grad):
     assert ours[1].grad[2].abs().sum() > 0
 
 
-def test_a_shared_tables_gradient_is_that_of_all_stages():
+def test_a_shared_tables_gradient_is_that_of_all_stages(level):
     x, tables = problem(20, 6, 12, 1, dtype=torch.float64)
     shared = tables.clone().requires_grad_()
     ops.rvq(x, shared.expand(3, -1, -1)).error.sum().backward()
@@ -316,6 +316,26 @@ def test_decoding_has_a_gradient():
     assert torch.autograd.gradcheck(lambda t: ops.rvq_decode(codes, t), tables)
     shared = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: ops.rvq_decode(codes, t.expand(2, -1, -1)), shared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [False, True])
+def test_statistics_and_gradients_along_codes(shared, dtype, level):
+    x, tables = problem(70, 140, 9, 3, dtype=dtype)
+    tables = tables[:1] if shared else tables
+    codes = torch.randint(-1, 9, (70, 3))
+    given = x[None], codes[None], tables[None]
+    counts, sums = ops.rvq_statistics(x, codes, tables.expand(3, -1, -1))
+    for ours, theirs in zip((counts, sums), rvq_reference.statistics(*given), strict=True):
+        torch.testing.assert_close(ours, theirs[0])
+    upstream = torch.randn(1, 70, 3, dtype=dtype)
+    plain = rvq_reference.gradient(upstream, *given, True, True)
+    for wanted in ((True, True), (True, False), (False, True)):
+        for ours, theirs in zip(
+            rvq_autograd.gradient(upstream, *given, *wanted), plain, strict=True
+        ):
+            if ours.numel():
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_sums_do_not_depend_on_threads():

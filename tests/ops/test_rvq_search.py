@@ -22,7 +22,7 @@ def problem(n, d, k, q, *, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("n", "d", "codes", "k"), [(60, 12, 200, 5), (3, 128, 70, 70), (1, 1, 1, 1)]
+    ("n", "d", "codes", "k"), [(60, 44, 200, 5), (3, 128, 70, 70), (1, 1, 1, 1)]
 )
 def test_the_nearest_of_each_row(n, d, codes, k, dtype, level):
     x, tables = problem(n, d, codes, 1, dtype=dtype)
