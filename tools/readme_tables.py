@@ -203,7 +203,25 @@ def transport(rows: list[dict]) -> list[str]:
     )
 
 
+def rvq(rows: list[dict]) -> list[str]:
+    """Residual quantizers beside their rivals: how many times as fast we are, and the memory."""
+    body = []
+    names = "form", "kind", "columns", "rows"
+    for (form, kind, columns, count), cell in by_cell(rows, *names).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        rivals = [name for name in ms if name not in (OURS, FLOOR)]
+        versus = ", ".join(f"{name} {times(ms[name] / ms[OURS])}" for name in rivals)
+        extra = [cell[name].get("extra_mib", "") for name in (OURS, *rivals)]
+        held = " / ".join(f"{float(value):.0f}" if value else "-" for value in extra)
+        shape, floor = f"{count} x {columns}", f"{ms[OURS] / ms[FLOOR]:.2f}x"
+        body.append([form, kind, shape, f"{ms[OURS]:.3g}", versus, floor, held])
+    return markdown(["", "", "N x D", "ms", "against", "of bare products", "extra MiB"], body)
+
+
 FAMILIES = {
+    "rvq": rvq,
     "transport": transport,
     "step": step,
     "shards": shards,
