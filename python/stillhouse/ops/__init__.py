@@ -1,6 +1,7 @@
 """Drop-in torch ops over the compiled kernels."""
 
 from ._library import cpu_level
+from .bit_entropy import CodeEntropy, bsq_entropy, lfq_entropy
 from .divergence import Stats, divergence, divergence_loss
 from .kinds import (
     DKD,
@@ -41,6 +42,17 @@ from .rvq import (
     rvq_pack,
     rvq_statistics,
 )
+from .scalar_quantization import (
+    ScalarCodes,
+    bsq,
+    bsq_decode,
+    fsq,
+    fsq_decode,
+    lfq,
+    lfq_decode,
+    residual_fsq,
+    residual_fsq_decode,
+)
 from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
 
@@ -55,6 +67,7 @@ __all__ = [
     "AlphaBeta",
     "Amari",
     "Chi2",
+    "CodeEntropy",
     "CosineLogits",
     "CosineProbs",
     "CrossEntropy",
@@ -68,6 +81,7 @@ __all__ = [
     "ResidualCodes",
     "ReverseKL",
     "RowState",
+    "ScalarCodes",
     "SkewKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
@@ -78,13 +92,23 @@ __all__ = [
     "SymmetricKL",
     "Transport",
     "as_kind",
+    "bsq",
+    "bsq_decode",
+    "bsq_entropy",
     "cpu_level",
     "divergence",
     "divergence_loss",
+    "fsq",
+    "fsq_decode",
+    "lfq",
+    "lfq_decode",
+    "lfq_entropy",
     "linear_divergence",
     "linear_divergence_loss",
     "merge_row_states",
     "pairwise_l1",
+    "residual_fsq",
+    "residual_fsq_decode",
     "row_state",
     "rvq",
     "rvq_decode",
