@@ -181,6 +181,7 @@ def test_compiled():
         first = ops.lfq_entropy(x, inv_temperature=beta, diversity=gamma)
         return first.loss + ops.bsq_entropy(x, group=3, inv_temperature=beta).loss
 
+    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True)
     for step in range(10):
         beta, gamma = torch.tensor(1.0 + step), torch.tensor(1 / (1 + step))

@@ -337,6 +337,7 @@ def test_compiled():
         loss = (first.out * sphere.out + second.out).sum() + second.error.sum() + decoded.sum()
         return loss, first.codes, second.codes, sphere.codes, ops.lfq(x).codes
 
+    torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True)
     for step in range(10):
         x, depth = rows(30, 4, seed=step), torch.arange(30) % 4

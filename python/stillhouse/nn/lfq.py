@@ -50,7 +50,8 @@ class LFQ(ProjectedQuantizer):
     another width.
 
     Defaults: those of vector-quantize-pytorch, entropy 0.1, gamma 1, commitment 0, beta 100. (The
-    code of BSQ's authors has beta 1 and groups of 9 bits.)
+    code of BSQ's authors has beta 1 and groups of 9 bits.) With a mask, that package's mean
+    distribution is each row's own; here it is that of the rows that count.
 
     Example:
         >>> import torch
