@@ -276,12 +276,12 @@ def test_the_depths_of_a_resumed_run():
     before = torch.random.get_rng_state()
     depths(module, 3, 50)
     assert torch.equal(torch.random.get_rng_state(), before)
-    again.load_state_dict(module.state_dict())
+    other = ResidualFSQ([3], 4, quantizer_dropout=0.5, seed=4)
+    for each in (again, other):
+        each.load_state_dict(module.state_dict())
     expected = depths(module, 2, 50)
     assert torch.equal(depths(again, 2, 50), expected)
     assert not torch.equal(expected[0], expected[1])
-    other = ResidualFSQ([3], 4, quantizer_dropout=0.5, seed=4)
-    other.load_state_dict(module.state_dict())
     assert not torch.equal(depths(other, 2, 50), expected)
 
 

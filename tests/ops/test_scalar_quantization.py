@@ -90,6 +90,15 @@ def test_values_by_hand():
     assert ops.bsq(torch.tensor([[3.0, -2, 0, 1e-30]])).out.tolist() == [[0.5, -0.5, -0.5, 0.5]]
 
 
+@pytest.mark.parametrize("form", ["offset", "symmetric"])
+def test_a_level_is_the_same_wherever_it_comes_from(form):
+    """To the last bit, though a gradient passes through."""
+    x, levels = rows(5000, 4), [9, 6, 7, 14]
+    found = ops.fsq(x, levels, form=form)
+    assert torch.equal(found.out, ops.fsq_decode(found.codes, levels, form=form))
+    assert torch.equal(ops.bsq(x).out, ops.bsq_decode(ops.bsq(x).codes, 4))
+
+
 def test_two_levels_are_signs():
     x = rows(500, 7)
     fsq, lfq = ops.fsq(x, [2] * 7, form="symmetric"), ops.lfq(x.flip(-1))
@@ -157,6 +166,19 @@ def test_what_is_not_quantized():
         broken = call(x).codes.reshape(6, -1)
         assert (broken[1:5] == -1).all()
         assert (broken[[0, 5]] >= 0).all()
+    found = ops.fsq(x, [8, 5, 5, 5], mask=mask)
+    assert (found.indices[1:] == -1).all()
+    assert (found.indices[0] >= 0).all()
+    # Of a row that is not finite what is beyond its depth is not, either.
+    own, depth = x.clone().requires_grad_(), torch.tensor([0, 2, 0, 0, 0, 3])
+    found = ops.residual_fsq(own, [5] * 4, 3, num_quantizers=depth)
+    assert found.error[1].isnan().tolist() == [True, True, False]
+    assert not found.error[1, 2]
+    assert found.out[1].isnan().all()
+    assert not found.out[[0, 2, 3, 4]].any()
+    found.out.nansum().backward()
+    assert not own.grad[:5].any()
+    assert own.grad[5].any()
     found = ops.residual_fsq(x, [5] * 4, 3, mask=mask)
     assert found.error[1:4].isnan().all()
     assert not found.error[4:].any()

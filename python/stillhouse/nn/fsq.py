@@ -211,7 +211,7 @@ class ResidualFSQ(ProjectedQuantizer):
         self.draws.add_(1)
         key = _mixed(self.draws + self.seed * 1_000_003)
         item = _mixed(key + torch.arange(items, device=key.device))
-        depth = 1 + (_mixed(item + 0x9E3779B9) * self.num_quantizers >> 32)
+        depth = 1 + (_mixed(item) * self.num_quantizers >> 32)
         drawn = item < round(self.quantizer_dropout * 2**32)
         return torch.where(drawn, depth, self.num_quantizers)
 

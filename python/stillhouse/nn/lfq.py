@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stillhouse import ops
@@ -41,10 +42,12 @@ class LFQ(ProjectedQuantizer):
             None is all of them up to 16 bits, exact, and beyond that 1, bit by bit, which the
             module's `entropy_group` and its repr say.
         spherical: quantize x / |x|.
+        sync: while training, the mean distribution is that of the rows of all processes of
+            torch.distributed, if it is initialised; they all have to call.
         seed: of the linear layers.
 
     `lfq(x, mask=None)` takes x [..., D] and mask bool [...] and returns `LookupFree`, in evaluation
-    too; `encode` spares the losses. They are means over the rows that count, of this process.
+    too; `encode` spares the losses. They are means over the rows that count.
 
     Raises ValueError for bits outside 1 to 63, a group that there is not, weights below 0, x of
     another width.
@@ -76,6 +79,7 @@ class LFQ(ProjectedQuantizer):
         inv_temperature: float = 100.0,
         entropy_group: int | None = None,
         spherical: bool = False,
+        sync: bool = True,
         seed: int = 0,
     ):
         if not 1 <= bits <= 63:
@@ -97,7 +101,7 @@ class LFQ(ProjectedQuantizer):
         self.bits, self.codebook_size, self.spherical = bits, 2**bits, spherical
         self.entropy_weight, self.commitment_weight = entropy_weight, commitment_weight
         self.diversity, self.inv_temperature = diversity, inv_temperature
-        self.entropy_group = entropy_group
+        self.entropy_group, self.sync = entropy_group, sync
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> LookupFree:
         inside = self._inside(x, mask)
@@ -112,6 +116,7 @@ class LFQ(ProjectedQuantizer):
                 inv_temperature=self.inv_temperature,
                 group=self.entropy_group,
                 mask=mask,
+                process_group=self._process_group(),
             )
             loss = loss + self.entropy_weight * entropy.loss
         out = self._outside(found.out, x, mask)
@@ -125,6 +130,11 @@ class LFQ(ProjectedQuantizer):
         """[..., D] of codes [...]; -1 is zeros before the projection."""
         decode = ops.bsq_decode if self.spherical else ops.lfq_decode
         return self._outside(decode(codes, self.bits), None)
+
+    def _process_group(self) -> dist.ProcessGroup | None:
+        if self.sync and self.training and dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD
+        return None
 
     def _commitment(self, inside: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         wide = inside.to(value.dtype)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -30,6 +31,7 @@ def lfq_entropy(
     inv_temperature: float | Tensor = 100.0,
     group: int | None = None,
     mask: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> CodeEntropy:
     """E[H(p)] - gamma H(E[p]) of soft codes p(c) ~ exp(-beta |x - c|^2), c in {-1, 1}^d: small
     where rows are sure of their code and all codes are used (arXiv 2310.05737).
@@ -47,6 +49,9 @@ def lfq_entropy(
             then the sum of the groups' entropies, an upper bound: equal where groups are
             independent. 1 is bit by bit; None is all bits, exact, at most 20.
         mask: bool [...]; False = the row does not count, and what is in it does not matter.
+        process_group: of torch.distributed; E[p] is then the mean over the rows of all its
+            processes, which all have to call. `row` stays this process's. Gradients are those of
+            the whole where a wrapper takes their mean over processes, as DDP does.
 
     Of no rows all is 0; a row that counts and is not finite makes NaN.
 
@@ -65,7 +70,7 @@ def lfq_entropy(
         >>> ops.lfq_entropy(x).mean.exp()  # four codes, each sure
         tensor(4.)
     """
-    return _entropy(x, 4 * inv_temperature, diversity, inv_temperature, group, mask)
+    return _entropy(x, 4 * inv_temperature, diversity, inv_temperature, group, mask, process_group)
 
 
 def bsq_entropy(
@@ -75,6 +80,7 @@ def bsq_entropy(
     inv_temperature: float | Tensor = 100.0,
     group: int | None = None,
     mask: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> CodeEntropy:
     """`lfq_entropy` on the unit sphere: codes {-1, 1}^d / sqrt d and u = x / |x|, so that log-odds
     are 4 beta u_i / sqrt d (arXiv 2406.07548, whose tau is 2 beta). Arguments and errors as there.
@@ -83,10 +89,12 @@ def bsq_entropy(
     beta 1 and groups of 9 bits; the paper's own approximation is group=1.
     """
     factor = 4 * inv_temperature / math.sqrt(max(x.shape[-1], 1)) if x.dim() else 1.0
-    return _entropy(x, factor, diversity, inv_temperature, group, mask, sphere=True)
+    return _entropy(x, factor, diversity, inv_temperature, group, mask, process_group, sphere=True)
 
 
-def _entropy(x, factor, diversity, inv_temperature, group, mask, sphere=False) -> CodeEntropy:
+def _entropy(
+    x, factor, diversity, inv_temperature, group, mask, process_group, sphere=False
+) -> CodeEntropy:
     if not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -112,19 +120,42 @@ def _entropy(x, factor, diversity, inv_temperature, group, mask, sphere=False) -
         mask = _of_rows("mask", mask, x)
         wide, weight = torch.where(mask[..., None], wide, 0.0), mask.to(wide.dtype)
     wide, weight = wide.reshape(-1, bits), weight.reshape(-1)
-    weight = weight / weight.sum().clamp(min=1)
-    weight = torch.where(wide.isfinite().all(-1), weight, torch.nan)
+    count = weight.sum()
+    weight = torch.where(wide.isfinite().all(-1), weight, torch.nan) / count.clamp(min=1)
     if sphere:
         wide = on_sphere(wide)
     odds = (factor * wide).clamp(-FAR, FAR)
     far = odds.abs()
     of_bits = softplus(-far) + far * torch.sigmoid(-far)  # no difference of large numbers
     row = (weight[:, None] * of_bits).sum()
-    mean = _entropy_of_mean(odds, weight, min(group, bits))
+    if process_group is not None:
+        share = count / _Summed.apply(count, process_group).clamp(min=1)
+        mean = _entropy_of_mean(odds, share * weight, min(group, bits), process_group)
+    else:
+        mean = _entropy_of_mean(odds, weight, min(group, bits))
     return CodeEntropy(row - diversity * mean, row, mean)
 
 
-def _entropy_of_mean(odds: Tensor, weight: Tensor, group: int) -> Tensor:
+class _Summed(torch.autograd.Function):
+    """A sum over processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = own.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        total = upstream.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def _entropy_of_mean(
+    odds: Tensor, weight: Tensor, group: int, process_group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Of log-odds [N, d] and weights [N], the sum over groups of H(sum_n w_n p_n)."""
     whole = odds.shape[1] // group * group
     total = odds.new_zeros(())
@@ -135,6 +166,8 @@ def _entropy_of_mean(odds: Tensor, weight: Tensor, group: int) -> Tensor:
         first, last = split[..., : (size + 1) // 2], split[..., (size + 1) // 2 :]
         with torch.autocast(odds.device.type, enabled=False):
             mean = (_joint(first) * weight[:, None]).mT @ _joint(last)
+        if process_group is not None:
+            mean = _Summed.apply(mean, process_group)
         # Where a probability is 0 its logarithm's slope has to be finite.
         tiny = torch.finfo(mean.dtype).tiny
         total = total - (mean * mean.clamp(min=tiny).log()).sum()
