@@ -1,6 +1,7 @@
 """Drop-in torch ops over the compiled kernels."""
 
 from ._library import cpu_level
+from .bit_entropy import CodeEntropy, bsq_entropy, lfq_entropy
 from .divergence import Stats, divergence, divergence_loss
 from .kinds import (
     DKD,
@@ -42,6 +43,17 @@ from .rvq import (
     rvq_statistics,
 )
 from .rvq_projected import projected_rvq
+from .scalar_quantization import (
+    ScalarCodes,
+    bsq,
+    bsq_decode,
+    fsq,
+    fsq_decode,
+    lfq,
+    lfq_decode,
+    residual_fsq,
+    residual_fsq_decode,
+)
 from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
 
@@ -56,6 +68,7 @@ __all__ = [
     "AlphaBeta",
     "Amari",
     "Chi2",
+    "CodeEntropy",
     "CosineLogits",
     "CosineProbs",
     "CrossEntropy",
@@ -69,6 +82,7 @@ __all__ = [
     "ResidualCodes",
     "ReverseKL",
     "RowState",
+    "ScalarCodes",
     "SkewKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
@@ -79,14 +93,24 @@ __all__ = [
     "SymmetricKL",
     "Transport",
     "as_kind",
+    "bsq",
+    "bsq_decode",
+    "bsq_entropy",
     "cpu_level",
     "divergence",
     "divergence_loss",
+    "fsq",
+    "fsq_decode",
+    "lfq",
+    "lfq_decode",
+    "lfq_entropy",
     "linear_divergence",
     "linear_divergence_loss",
     "merge_row_states",
     "pairwise_l1",
     "projected_rvq",
+    "residual_fsq",
+    "residual_fsq_decode",
     "row_state",
     "rvq",
     "rvq_decode",
