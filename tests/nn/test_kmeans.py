@@ -59,6 +59,9 @@ def test_fewer_rows_than_centres(n):
     assert found.shape == (8, 4)
     assert torch.cdist(found, x).amin(-1).max() < 1e-6  # every centre is a row
     assert torch.cdist(x, found).amin(-1).max() < 1e-6  # every row is a centre
+    padded = torch.cat([x, 100 + rows(20, 4)])
+    found = kmeans(padded, 8, seed=1, mask=torch.arange(len(padded)) < n)
+    assert torch.cdist(found, x).amin(-1).max() < 1e-6
 
 
 def test_rows_that_do_not_count():

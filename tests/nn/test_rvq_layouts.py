@@ -107,6 +107,10 @@ def test_dac(module_of):
     torch.manual_seed(0)
     original = quantize.ResidualVectorQuantize(24, n_codebooks=4, codebook_size=64, codebook_dim=8)
     original.eval()
+    with torch.no_grad():
+        for each in original.quantizers:
+            for layer in (each.in_proj, each.out_proj):
+                layer.weight_g *= rows(*layer.weight_g.shape, seed=4).abs() + 0.5
     state = {f"quantizer.{name}": value for name, value in original.state_dict().items()}
     assert any(name.endswith("weight_g") for name in state)
     quantizer = ResidualVQ.from_state_dict(state, "dac").eval()

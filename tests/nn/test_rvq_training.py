@@ -120,20 +120,19 @@ class TestDeadCodes:
         codes = module(x).codes
         assert (module.codebooks[:count, 5] - replaced).abs().max() < 10
 
-    def test_the_threshold_is_relative(self):
-        for size in (1, 50):  # of the batch: counts grow, shares do not
-            module = quantizer(dead_code_threshold=0.25, decay=0.0)
-            module.tables[0, 0] = 100 * torch.eye(16, 8) + 1000 * torch.eye(16, 8).roll(8, 0)
-            # 16 codes; of 16 rows code 0 has 13, codes 1 to 3 one each.
-            which = torch.tensor([0] * 13 + [1, 2, 3]).repeat(size)
-            before = module.codebooks[0].clone()
-            module(before[which])
-            kept = module.counts[0, 0][:4] / module.counts[0, 0].sum()
-            # 4 of 16 are used; a quarter of the mean is 1/64 of all.
-            same = (module.codebooks[0] == before).all(-1)
-            assert same[:4].all()
-            assert not same[4:].all()
-            assert kept[0] > kept[1] == kept[2]
+    @pytest.mark.parametrize("size", [1, 50])
+    def test_the_threshold_is_a_share_of_the_mean(self, size):
+        module = quantizer(dead_code_threshold=0.5, decay=0.0)
+        module.tables[0, 0] = 100 * torch.eye(16, 8) + 1000 * torch.eye(16, 8).roll(8, 0)
+        before = module.codebooks[0].clone()
+        # Of 48 rows a code has 3 on average: half of it is more than 1 and less than 2.
+        module(before[torch.tensor([0] * 44 + [1, 2, 3, 3]).repeat(size)])
+        same = (module.codebooks[0] == before).all(-1)
+        assert same[0]
+        assert same[3]
+        counts = module.counts[0, 0]
+        assert (counts[[0, 3]] == torch.tensor([44.0 * size, 2 * size])).all()
+        assert (counts[[1, 2, *range(4, 16)]] == 3 * size).all()
 
     def test_of_more_dead_codes_than_rows_some_wait(self):
         module, x = quantizer(dead_code_threshold=0.9), rows(3, 8)
@@ -345,6 +344,30 @@ def test_compiled_from_the_first_step(options):
         found = torch.compile(modules[1].eval(), fullgraph=True, backend="aot_eager")(x)
         for eager, ours in zip(wanted, found, strict=True):
             torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_by_inductor():
+    """Whose backward pass must not see the tables as the step has left them."""
+    modules = [quantizer(kmeans_init=True, dead_code_threshold=0.2) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(modules[1], fullgraph=True)
+    for step in range(3):
+        slopes = []
+        for call in (modules[0], compiled):
+            x = rows(4, 30, 8, seed=step).requires_grad_()
+            call(x).commit_loss.sum().backward()
+            slopes.append(x.grad)
+        torch.testing.assert_close(*slopes)
+
+
+def test_two_compiled_steps_before_the_gradient():
+    module, x = quantizer(update="gradient", kmeans_init=True), rows(2, 50, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    (compiled(x).commit_loss + compiled(x).commit_loss).sum().backward()
+    twice = module.tables.grad.clone()
+    module.tables.grad = None
+    module(x).commit_loss.sum().backward()
+    torch.testing.assert_close(twice, 2 * module.tables.grad)
 
 
 def test_progress_is_part_of_the_state():

@@ -51,7 +51,6 @@ def begin_(
     ranks.sum_(there)
     if not there.all():
         return
-    residual = residual.masked_fill(~counted[..., None], 0)
     generator = _generator(seed, -1)
     for stage in range(tables.shape[1]):
         words = tables.shape[2], iterations, generator, counted, metric, ranks
@@ -192,6 +191,21 @@ def _revive_(
     if sums.numel():
         new = torch.where(replaced[..., None], rows * as_many[..., None], sums.gather(2, wide))
         sums.scatter_(2, wide, new)
+
+
+@torch.library.custom_op("stillhouse::rvq_kept", mutates_args=())
+def kept(tables: Tensor) -> Tensor:
+    """A copy for the backward pass of a step that moves the tables. A plain one would be made
+    again by a compiled backward pass, of tables that have moved."""
+    return tables.clone()
+
+
+@kept.register_fake
+def _(tables):
+    return torch.empty_like(tables)
+
+
+kept.register_autograd(lambda ctx, d_out: d_out)
 
 
 @torch.library.custom_op("stillhouse::rvq_depths", mutates_args=())

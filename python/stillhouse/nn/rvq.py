@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stillhouse import ops
-from stillhouse.nn.codebooks import begin_, depths, follow_
+from stillhouse.nn.codebooks import begin_, depths, follow_, kept
 from stillhouse.nn.quantizer_options import Options
 from stillhouse.nn.quantizer_search import Quantized, QuantizerSearch
 
@@ -227,7 +227,7 @@ class ResidualVQ(QuantizerSearch):
         learns = torch.is_grad_enabled() and (rows.requires_grad or tables.requires_grad)
         if learns and (moves or begins):
             # The backward pass needs these, and they move in this step or early in the next.
-            tables = tables.clone()
+            tables = kept(tables)
         codes, out, error = self._search(rows, tables, None, mask, depth)
         with torch.no_grad():
             tables = self.tables.detach() if moves else self.counts.new_empty(0)
