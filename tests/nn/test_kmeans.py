@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.nn import kmeans
 from stillhouse.nn.kmeans import centres, rows_that_count
@@ -103,15 +104,23 @@ def test_counts_and_sums_are_those_of_the_centres():
     torch.testing.assert_close(sums.sum(1), x.sum(1))
 
 
-def test_no_matrix_of_rows_by_centres(monkeypatch):
-    """The peak of memory of a call with 2^14 rows and 2^12 centres: 256 MB would be one matrix."""
-    import resource
+def test_no_matrix_of_rows_by_centres():
+    class Largest(TorchDispatchMode):
+        """The most numbers that a tensor of any op has had."""
 
-    x = rows(2**14, 8)
-    kmeans(x[:512], 256, seed=0, iterations=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kmeans(x, 2**12, seed=0, iterations=2)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 100
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for each in torch.utils._pytree.tree_leaves(result):
+                if isinstance(each, torch.Tensor):
+                    self.numbers = max(self.numbers, each.numel())
+            return result
+
+    x, k = rows(2**12, 8), 2**10
+    with Largest() as largest:
+        kmeans(x, k, seed=0, iterations=2)
+    assert x.numel() <= largest.numbers <= 2 * x.numel() < len(x) * k
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ class TestBeginning:
         assert module.begun
         assert (losses[-1] <= losses[0] * 1.05).all()
         assert losses[0].shape == (2, 3)
+        found = module.metrics()
+        assert {name: value.shape for name, value in found.items()} == dict.fromkeys(found, (2, 3))
 
 
 class TestDropout:
@@ -362,7 +364,8 @@ def test_compiled_by_inductor():
 
 def test_two_compiled_steps_before_the_gradient():
     module, x = quantizer(update="gradient", kmeans_init=True), rows(2, 50, 8)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True)
     (compiled(x).commit_loss + compiled(x).commit_loss).sum().backward()
     twice = module.tables.grad.clone()
     module.tables.grad = None

@@ -96,7 +96,7 @@ def follow_(
         new_counts, new_sums = ops.rvq_statistics(x, codes, stages[:, : codes.shape[-1]])
     else:
         new_counts, new_sums = _counted(codes, known, counts), sums
-    of_rows = wide.square().sum(-1)[..., None].expand_as(error)
+    of_rows = torch.linalg.vecdot(wide, wide)[..., None].expand_as(error)
     new_energy = torch.stack([of_rows, error], 1).masked_fill(~known[:, None], 0).sum(2)
     ranks = Ranks(synchronize)
     ranks.sum_(new_counts, new_energy, *([new_sums] if averages else []))

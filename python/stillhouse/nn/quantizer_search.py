@@ -42,10 +42,8 @@ class QuantizerSearch(QuantizerState):
         words |= {"num_quantizers": depth, "mask": mask}
         tables = self._scaled(tables)
         if self.projection == "per_stage":
-            into, out_of = (
-                (self.into_weight, self.into_bias),
-                (self.out_of_weight, self.out_of_bias),
-            )
+            into = self.into_weight, self.into_bias
+            out_of = self.out_of_weight, self.out_of_bias
             found = ops.projected_rvq(rows[0], tables[0], into, out_of, **words)
             found = [each[None] for each in found]
         else:
@@ -84,14 +82,14 @@ class QuantizerSearch(QuantizerState):
         kernel, whose tables have just emptied the caches, costs as much as a tenth of it."""
         kept, shape = self._cached, x.shape
         if (
-            self.plain
+            not torch.compiler.is_compiling()
+            and self.plain
             and kept is not None
             and kept[0]._version == kept[1]
             and kept[0] is self._buffers.get("tables")
             and x.dtype is kept[0].dtype
             and shape[-1] == self.dim
             and (stages is None or 1 <= stages <= self.num_quantizers)
-            and not torch.compiler.is_compiling()
         ):
             plan = _Plan(
                 x if len(shape) == 3 and shape[0] == 1 else x.reshape(1, -1, self.dim),
@@ -102,7 +100,8 @@ class QuantizerSearch(QuantizerState):
             )
             codes, out, error, _ = rvq_autograd.encode(plan, want_out=True)
             if error.shape[1] == 1 and out.shape == shape:
-                return Quantized(out, codes, error.view(-1).mul_(self.factor))
+                factor = self.commitment_weight / self.codebook_dim
+                return Quantized(out, codes, error.view(-1).mul_(factor))
         else:
             codes, out, error = self._found(self._rows(x), stages, want_out=True)
         return self._result(x.shape, x.dtype, None, codes, out, error)
@@ -168,9 +167,8 @@ class QuantizerSearch(QuantizerState):
             raise ValueError(
                 f"{name} must be of items or rows {tuple(leading)}, got {tuple(given.shape)}"
             )
-        return (
-            given.view(*given.shape, *[1] * (len(leading) - given.dim())).expand(leading).flatten()
-        )
+        right = [1] * (len(leading) - given.dim())
+        return given.reshape(*given.shape, *right).expand(leading).flatten()
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -28,7 +28,6 @@ class QuantizerState(nn.Module):
         super().__init__()
         for name, value in vars(options).items():
             setattr(self, name, value)
-        self.factor = self.commitment_weight / self.codebook_dim
         self.plain = self.groups == 1 and self.projection == "none" and not self.grouped
         generator = torch.Generator().manual_seed(self.seed)
         tables = 1 if self.shared_codebook else self.num_quantizers
