@@ -13,10 +13,10 @@ from stillhouse import ops
 from stillhouse.nn.projected_quantizer import ProjectedQuantizer
 from stillhouse.ops.scalar_quantization import BOUNDS, FORMS, GRADIENTS, check_levels
 
-__all__ = ["FSQ", "Quantized", "ResidualFSQ"]
+__all__ = ["FSQ", "FiniteCodes", "ResidualFSQ"]
 
 
-class Quantized(NamedTuple):
+class FiniteCodes(NamedTuple):
     """What `FSQ` returns."""
 
     out: Tensor  # [..., D], of x's dtype
@@ -34,7 +34,7 @@ class FSQ(ProjectedQuantizer):
         form, bound: as in `ops.fsq`; "symmetric" where a dimension has 2 levels.
         seed: of the linear layers, drawn as `nn.Linear` draws them.
 
-    `fsq(x, mask=None)` takes x [..., D] and mask bool [...] and returns `Quantized`: rows that do
+    `fsq(x, mask=None)` takes x [..., D] and mask bool [...] and returns `FiniteCodes`: rows that do
     not count have code -1 and zeros, rows that are not finite -1 and NaN.
 
     Raises ValueError and TypeError as `ops.fsq`, and ValueError for x of another width.
@@ -75,7 +75,7 @@ class FSQ(ProjectedQuantizer):
         self._single = num_codebooks == 1
         self.register_buffer("_levels", torch.tensor(levels), persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> FiniteCodes:
         inside, of_rows = self._inside(x, mask), mask
         if not self._single:
             inside = inside.unflatten(-1, (self.num_codebooks, -1))
@@ -83,7 +83,7 @@ class FSQ(ProjectedQuantizer):
         found = ops.fsq(inside, self._levels, form=self.form, bound=self.bound, mask=of_rows)
         self._last = (found.codes,)
         out = found.out if self._single else found.out.flatten(-2)
-        return Quantized(self._outside(out, x, mask), found.codes)
+        return FiniteCodes(self._outside(out, x, mask), found.codes)
 
     def encode(self, x: Tensor) -> Tensor:
         """Only the codes."""
