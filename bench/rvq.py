@@ -69,13 +69,18 @@ def _call(
         return infer
     module.train()
     leaf, learnt = x.clone().requires_grad_(), list(module.parameters())
+    # What a decoder and a loss would send back; they themselves are not measured.
+    upstream, of_losses = torch.randn_like(x), None
 
     def step() -> None:
+        nonlocal of_losses
         leaf.grad = None
         for parameter in learnt:
             parameter.grad = None
         out, losses = results(module(leaf))
-        (out.square().mean() + losses.sum()).backward()
+        if of_losses is None:
+            of_losses = torch.ones_like(losses)
+        torch.autograd.backward((out, losses), (upstream, of_losses))
 
     return step
 
@@ -154,9 +159,16 @@ def build_dac(cell: Cell) -> Callable[[], None]:
     return _call(cell, dac(cell), frames, lambda found: (found[0], 0.25 * found[3] + found[4]))
 
 
+@cache
+def _folder(package: str) -> str | None:
+    """Where it is installed."""
+    found = importlib.util.find_spec(package)
+    return None if found is None else found.submodule_search_locations[0]
+
+
 def _module_of(package: str, name: str) -> ModuleType:
     """A module of a package whose own imports are not installed: parents are left empty."""
-    folder = importlib.util.find_spec(package).submodule_search_locations[0]
+    folder = _folder(package)
     parts = [package, *name.split(".")[:-1]]
     for depth in range(1, len(parts) + 1):
         parent = ".".join(parts[:depth])
@@ -189,7 +201,7 @@ def _only(form: str, package: str) -> Callable[[Cell], str | None]:
     def refuses(cell: Cell) -> str | None:
         if cell.form != form:
             return "has another layout"
-        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+        return None if _folder(package) else f"{package} is not installed"
 
     return refuses
 

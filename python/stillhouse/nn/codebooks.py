@@ -85,8 +85,8 @@ def follow_(
     sums / counts (where sums are kept), and dead codes to rows of the batch. Tables that do neither
     are left out (empty).
 
-    x [G, N, D], codes [G, N, Q], error as `ops.rvq` has them; energy [G, 2, Q] of rows before the
-    first stage and after each, as sums over rows.
+    x [G, N, D], codes [G, N, Q], error as `ops.rvq` has them; energy [G, 2, Q], or empty, of rows
+    before the first stage and after each, as sums over rows.
     """
     averages = sums.numel() > 0
     known = codes >= 0
@@ -96,16 +96,20 @@ def follow_(
         new_counts, new_sums = ops.rvq_statistics(x, codes, stages[:, : codes.shape[-1]])
     else:
         new_counts, new_sums = _counted(codes, known, counts), sums
-    of_rows = torch.linalg.vecdot(wide, wide)[..., None].expand_as(error)
-    new_energy = torch.stack([of_rows, error], 1).masked_fill(~known[:, None], 0).sum(2)
+    new_energy = energy
+    if energy.numel():
+        of_rows = torch.linalg.vecdot(wide, wide)[..., None].expand_as(error)
+        new_energy = torch.stack([of_rows, error], 1).masked_fill(~known[:, None], 0).sum(2)
     ranks = Ranks(synchronize)
-    ranks.sum_(new_counts, new_energy, *([new_sums] if averages else []))
+    given = new_energy if energy.numel() else None, new_sums if averages else None
+    ranks.sum_(new_counts, *(part for part in given if part is not None))
 
     share, stages = 1 - decay, codes.shape[-1]
     used = slice(0, new_counts.shape[1])  # a call may have had fewer stages than there are tables
     counts, tables = counts[:, used], tables[:, used] if tables.numel() else tables
     counts.lerp_(new_counts, share)
-    energy[:, :, :stages].lerp_(new_energy, share)
+    if energy.numel():
+        energy[:, :, :stages].lerp_(new_energy, share)
     revived = None
     if threshold:
         uniform = counts.mean(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from stillhouse import ops
 from stillhouse.nn.quantizer_state import QuantizerState
-from stillhouse.ops import rvq_autograd
+from stillhouse.ops import divergence_autograd, rvq_autograd
 
 
 class Quantized(NamedTuple):
@@ -44,7 +44,7 @@ class QuantizerSearch(QuantizerState):
         if self.projection == "per_stage":
             into = self.into_weight, self.into_bias
             out_of = self.out_of_weight, self.out_of_bias
-            found = ops.projected_rvq(rows[0], tables[0], into, out_of, **words)
+            found = ops.projected_rvq(rows.squeeze(0), tables.squeeze(0), into, out_of, **words)
             found = [each[None] for each in found]
         else:
             found = ops.rvq(rows, self._stages(tables), **words)
@@ -87,18 +87,15 @@ class QuantizerSearch(QuantizerState):
             and kept is not None
             and kept[0]._version == kept[1]
             and kept[0] is self._buffers.get("tables")
+            and kept[2].dim() == 5  # there is a kernel
             and x.dtype is kept[0].dtype
+            and x.device == kept[0].device
             and shape[-1] == self.dim
             and (stages is None or 1 <= stages <= self.num_quantizers)
         ):
-            plan = _Plan(
-                x if len(shape) == 3 and shape[0] == 1 else x.reshape(1, -1, self.dim),
-                kept[0],
-                kept[2],
-                stages or self.num_quantizers,
-                self.metric,
-            )
-            codes, out, error, _ = rvq_autograd.encode(plan, want_out=True)
+            rows = x if len(shape) == 3 and shape[0] == 1 else x.reshape(1, -1, self.dim)
+            words = kept[0], kept[2], None, None, stages or self.num_quantizers, True, True, False
+            codes, out, error, _ = divergence_autograd.kernels().rvq_encode(rows, *words)
             if error.shape[1] == 1 and out.shape == shape:
                 factor = self.commitment_weight / self.codebook_dim
                 return Quantized(out, codes, error.view(-1).mul_(factor))

@@ -43,7 +43,8 @@ class QuantizerState(nn.Module):
         sums = torch.zeros_like(drawn) if averages else drawn.new_empty(0)
         self.register_buffer("sums", sums, persistent=averages)
         self.register_buffer("counts", drawn.new_zeros(shape[:3]))
-        self.register_buffer("energy", drawn.new_zeros(self.groups, 2, self.num_quantizers))
+        stages = 0 if self.projection == "per_stage" else self.num_quantizers
+        self.register_buffer("energy", drawn.new_zeros(self.groups, 2, stages))
         # On the CPU and not among the buffers, so that it can be read and is never broadcast.
         begun = not self.kmeans_init
         self.progress = torch.tensor([begun, 0], dtype=torch.int64, device="cpu")
@@ -129,7 +130,7 @@ class QuantizerState(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """What the steps of training have shown, as running means; of each stage, [Q] or [G, Q].
 
-        entropy of the codes in bits, perplexity (2^entropy, at most K), dead (the share of codes
+        entropy of the codes in nats, perplexity (e^entropy, at most K), dead (the share of codes
         used less than `dead_code_threshold` times the mean, or a tenth of it where that is 0) and
         snr in dB: rows in the tables' space against what the stage leaves of them. A shared table
         has one entropy; projections of each stage have no snr.
@@ -139,7 +140,7 @@ class QuantizerState(nn.Module):
         share = self.counts / total.clamp(min=torch.finfo(total.dtype).tiny)
         entropy = torch.special.entr(share).sum(-1)
         found = {
-            "entropy": entropy / math.log(2),
+            "entropy": entropy,
             "perplexity": entropy.exp(),
             "dead": (share < rare / share.shape[-1]).to(share.dtype).mean(-1),
         }

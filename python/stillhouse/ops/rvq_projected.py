@@ -83,12 +83,12 @@ def projected_rvq(
         call = Call(like, codebooks, metric, num_quantizers, mask, sizes, packed)
         codes, taken, error = Coupled.apply(call, grad, z[None], coupling[None], call.tables)
         if out_of[1] is None:
-            out = taken[0] @ back
+            out = taken.squeeze(0) @ back
         elif call.depth is None:
-            out = torch.addmm(out_of[1][:stages].sum(0), taken[0], back)
+            out = torch.addmm(out_of[1][:stages].sum(0), taken.squeeze(0), back)
         else:
             deep = (codes[0] >= 0).to(back.dtype)
-            out = torch.addmm(deep @ out_of[1][:stages], taken[0], back)
+            out = torch.addmm(deep @ out_of[1][:stages], taken.squeeze(0), back)
     return ResidualCodes(out.view(*x.shape), call.shaped(codes), call.shaped(error))
 
 
