@@ -1,6 +1,7 @@
 import gzip
 import importlib.metadata
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy.io import wavfile
 
 from stillhouse.data import DataUnavailable, speech
-from stillhouse.data.speech import alignment, corpus, recognizer, waves
+from stillhouse.data.speech import alignment, corpus, recognizer, waves, whisper_encoder
 
 TEXTS = """\ufeff; Core sounds
 
@@ -227,8 +228,8 @@ def test_encoder_states(reader):
     wave = reader[1].wave()
     states = _installed(speech.whisper_states, wave)
     assert (states.dtype, states.shape) == (torch.float32, (-(-len(wave) // 320), 384))
-    torch.testing.assert_close(speech.whisper_states(wave), states)
-    # They are those of the model's own window of 30 s but for an eighth of their spread.
+    assert torch.equal(speech.whisper_states(wave, layer=3), states)
+    # The model's own window of 30 s changes them a little.
     whole = speech.whisper_states(torch.cat([wave, torch.zeros(30 * 16_000 - len(wave))]))
     assert whole.shape == (1500, 384)
     assert (whole[: len(states)] - states).abs().mean() < 0.2 * states.std()
@@ -238,6 +239,77 @@ def test_encoder_states(reader):
     for bad in (torch.zeros(2, 16_000), torch.zeros(319), torch.zeros(400, dtype=torch.int16)):
         with pytest.raises(ValueError, match=r"expected float samples \[S\] at 16 kHz"):
             speech.whisper_states(bad)
+    for layer in (-1, 5):
+        with pytest.raises(ValueError, match=f"layer must be 0 to 4, got {layer}"):
+            speech.whisper_states(wave, layer=layer)
+
+
+def test_the_last_layer_as_ctranslate2_computes_it(reader):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    mel = recognizer.log_mel(reader[1].wave()[: 147 * 320])
+    model = ctranslate2.models.Whisper(
+        str(_installed(recognizer.model_folder)), compute_type="float32"
+    )
+    view = ctranslate2.StorageView.from_array(mel[None].contiguous().numpy())
+    theirs = torch.from_numpy(np.array(model.encode(view))[0])
+    ours = speech.whisper_states(reader[1].wave()[: 147 * 320], layer=4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_every_layer_as_transformers_computes_it(reader):
+    """Its encoder with our weights in it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536
+    )
+    theirs = transformers.models.whisper.modeling_whisper.WhisperEncoder(config).eval()
+    _installed(recognizer.model_folder)
+    weights = recognizer._encoder().weights
+    state = {"embed_positions.weight": weights["position_encodings/encodings"]}
+    for name in ("conv1", "conv2"):
+        state |= {f"{name}.{part}": weights[f"{name}/{part}"] for part in ("weight", "bias")}
+    norms = {"layer_norm": "layer_norm"}
+    linears = {}
+    for i in range(4):
+        ours, of = f"layer_{i}/", f"layers.{i}."
+        norms[ours + "self_attention/layer_norm"] = of + "self_attn_layer_norm"
+        norms[ours + "ffn/layer_norm"] = of + "final_layer_norm"
+        linears[ours + "self_attention/linear_1"] = of + "self_attn.out_proj"
+        linears |= {ours + f"ffn/linear_{j}": of + f"fc{j + 1}" for j in range(2)}
+        for row, name in enumerate("qkv"):
+            rows = slice(384 * row, 384 * (row + 1))
+            for part in ("weight", "bias")[: 1 if name == "k" else 2]:
+                joined = weights[f"{ours}self_attention/linear_0/{part}"]
+                state[f"{of}self_attn.{name}_proj.{part}"] = joined[rows]
+    for names, parts in ((norms, ("gamma", "beta")), (linears, ("weight", "bias"))):
+        for ours, name in names.items():
+            for part, known in zip(parts, ("weight", "bias"), strict=True):
+                state[f"{name}.{known}"] = weights[f"{ours}/{part}"]
+    theirs.load_state_dict(state)
+    wave = torch.cat([reader[1].wave(), torch.zeros(30 * 16_000)])[: 30 * 16_000]
+    with torch.no_grad():
+        found = theirs(recognizer.log_mel(wave)[None], output_hidden_states=True).hidden_states
+    for layer, each in enumerate(found):
+        states = speech.whisper_states(wave, layer=layer)
+        torch.testing.assert_close(states, each[0], rtol=1e-3, atol=1e-3)
+
+
+def test_files_that_are_not_the_model(tmp_path):
+    path = tmp_path / "model.bin"
+    head = struct.pack("<IH", 6, 12) + b"WhisperSpec\0"
+    one = struct.pack("<IIH3sB", 3, 1, 3, b"ab\0", 1) + struct.pack("<IBI", 4, 4, 8)
+    for content, message in (
+        (b"", "is not Whisper"),
+        (struct.pack("<IH", 5, 12) + b"WhisperSpec\0" + bytes(8), "version 5 of WhisperSpec"),
+        (struct.pack("<IH", 6, 5) + b"Bert\0" + bytes(8), "version 6 of Bert"),
+        (head + one + bytes(6), "is not Whisper"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as raised:
+            whisper_encoder.WhisperEncoder(path)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(head + one + bytes(8))
+    assert whisper_encoder._weights(path)["ab"].tolist() == [0, 0, 0, 0]
 
 
 def test_what_is_heard(reader):
@@ -262,7 +334,7 @@ def test_another_version_of_the_model_is_refused(monkeypatch, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"another")
     monkeypatch.setattr(recognizer, "model_folder", lambda: tmp_path)
     with pytest.raises(DataUnavailable, match="damaged or another model"):
-        recognizer._model.__wrapped__()
+        recognizer._known_folder.__wrapped__()
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

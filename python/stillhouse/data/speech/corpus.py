@@ -47,18 +47,21 @@ def alignments(clips: Sequence[Clip], *, cache: str | Path | None = None) -> dic
     }
 
 
-def encoder_states(clips: Sequence[Clip], *, cache: str | Path | None = None) -> dict[str, Tensor]:
-    """`whisper_states` of each clip, float16 [T, 384], by name: 59 MB for the English prompts, ten
-    seconds the first time, then from the folder `cache` (by default `user_cache()`).
+def encoder_states(
+    clips: Sequence[Clip], *, layer: int = 3, cache: str | Path | None = None
+) -> dict[str, Tensor]:
+    """`whisper_states` of each clip, float16 [T, 384], by name: 59 MB for the English prompts,
+    fifteen seconds the first time, then from the folder `cache` (by default `user_cache()`).
     Raises as `whisper_states` does."""
 
     def compute() -> dict[str, Tensor]:
         shown = _shown(clips, "reading speech")
-        states = [recognizer.whisper_states(clip.wave()).half() for clip in shown]
-        lengths = torch.tensor([len(each) for each in states])
+        states = [recognizer.whisper_states(clip.wave(), layer=layer).half() for clip in shown]
+        lengths = torch.tensor([len(each) for each in states], dtype=torch.int64)
         return {"states": torch.cat([torch.empty(0, 384).half(), *states]), "lengths": lengths}
 
-    stored = _stored("states", recognizer.PACKAGE, clips, cache, compute)
+    kind = f"states after layer {layer}"
+    stored = _stored(kind, recognizer.PACKAGE, clips, cache, compute)
     parts = stored["states"].split(stored["lengths"].tolist())
     return {clip.name: part for clip, part in zip(clips, parts, strict=True)}
 
