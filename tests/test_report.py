@@ -109,11 +109,16 @@ def test_a_picture_shows_columns_side_by_side(report):
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert not list(report.directory.glob("*.partial"))
     pixels = matplotlib.image.imread(path)[..., :3]
-    brightest = matplotlib.colormaps["viridis"](5 / 6)[:3]  # of 0 to 6, in both panels
-    found = (abs(pixels - brightest).max(-1) < 0.01).nonzero()
-    assert found[0].min() > 0.2 * len(pixels)
-    assert found[0].max() < 0.5 * len(pixels)
-    assert found[1].min() > 0.4 * pixels.shape[1]
+
+    def where(value):
+        colour = matplotlib.colormaps["viridis"](value / 6)[:3]  # of 0 to 6, in both panels
+        rows, columns = (abs(pixels[:, :900] / colour - 1).max(-1) < 0.03).nonzero()[:2]
+        return rows / len(pixels), columns / pixels.shape[1]
+
+    for value, low, high in ((5, 0.2, 0.5), (1, 0.5, 0.95)):
+        rows, columns = where(value)
+        assert low < rows.min() < rows.max() < high, value
+    assert where(5)[1].min() > 0.4
 
 
 def test_a_malformed_picture_raises(report):

@@ -11,9 +11,9 @@ from scipy.io import wavfile
 from stillhouse.data import DataUnavailable, speech
 from stillhouse.data.speech import alignment, corpus, recognizer, waves, whisper_encoder
 
-TEXTS = """\ufeff; Core sounds
+TEXTS = """\ufeffhello: Hello.
+; Core: sounds
 
-hello: Hello.
 letters/at: at [@]
 followme/sorry.wav: I'm sorry: again
 silence/1: (1 second of silence)
@@ -354,7 +354,7 @@ def test_what_was_computed_is_kept(reader, tmp_path, monkeypatch):
     wave = clips[1].wave()
     assert torch.equal(states[clips[1].name], speech.whisper_states(wave).half())
 
-    def again(*arguments):
+    def again(*arguments, **options):
         raise RuntimeError("computed again")
 
     monkeypatch.setattr(alignment, "align", again)
@@ -362,9 +362,15 @@ def test_what_was_computed_is_kept(reader, tmp_path, monkeypatch):
     assert speech.alignments(clips, cache=tmp_path) == found
     kept = speech.encoder_states(clips, cache=tmp_path)
     assert all(torch.equal(kept[name], states[name]) for name in states)
-    other = [speech.Clip(clips[0].name, "another text", clips[0].path)]
+    for other in (
+        speech.Clip(clips[0].name, "another text", clips[0].path),
+        speech.Clip("another name", clips[0].text, clips[0].path),
+        speech.Clip(clips[0].name, clips[0].text, clips[1].path),
+    ):
+        with pytest.raises(RuntimeError, match="computed again"):
+            speech.alignments([other, clips[1]], cache=tmp_path)
     with pytest.raises(RuntimeError, match="computed again"):
-        speech.alignments(other, cache=tmp_path)
+        speech.encoder_states(clips, layer=2, cache=tmp_path)
 
 
 def test_clips_that_cannot_be_aligned_are_left_out(reader, tmp_path):

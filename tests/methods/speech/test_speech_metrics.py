@@ -75,6 +75,9 @@ def test_waves_that_cannot_be_compared():
     short = torch.randn(4800, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="too little speech in 0.30 s"):
         stoi(short, short, 16_000)
+    for samples in (0, 1, 300):
+        with pytest.raises(ValueError, match="too little speech in 0.0"):
+            stoi(short[:samples], short[:samples], 16_000)
     mostly_silent = torch.cat([short, torch.zeros(32_000)])
     with pytest.raises(ValueError, match="too little speech in 2.30 s"):
         stoi(mostly_silent, mostly_silent, 16_000)
