@@ -47,7 +47,7 @@ class Clip:
 def prompts(language: str = "en", *, root: str | Path | None = None) -> list[Clip]:
     """The prompts of the telephone exchange Asterisk, read by one speaker a language, by name.
 
-    English: 568 recordings of 25 minutes by Allison Smith, 543 of them speech; most take a second
+    English: 568 recordings of 25 minutes by Allison Smith, 551 of them speech; most take a second
     or two, the longest 73. They are CC-BY-SA-3.0 (Digium; the packages' copyright files name the
     speakers), and so is what is made of them and passed on.
     language: "en", "es", "fr", "it" or "ru". root: where the packages are unpacked; where it is
