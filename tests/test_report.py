@@ -98,6 +98,42 @@ def test_each_curve_becomes_a_picture(report):
     assert sorted(os.listdir(report.directory)) == ["loss.png", "plane.png", "report.json"]
 
 
+def test_a_picture_shows_columns_side_by_side(report):
+    matplotlib = pytest.importorskip("matplotlib")
+    columns = torch.zeros(30, 4)
+    columns[20:, 0] = 5.0  # from two thirds on, the lowest row
+    columns[0, 3] = math.nan
+    report.picture("seen", {"above": columns, "below": columns + 1}, xlabel="s", xstep=0.02)
+    assert saved(report)["pictures"] == {"seen": ["above", "below"]}
+    path = report.directory / "seen.png"
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert not list(report.directory.glob("*.partial"))
+    pixels = matplotlib.image.imread(path)[..., :3]
+
+    def where(value):
+        colour = matplotlib.colormaps["viridis"](value / 6)[:3]  # of 0 to 6, in both panels
+        rows, columns = (abs(pixels[:, :900] / colour - 1).max(-1) < 0.03).nonzero()[:2]
+        return rows / len(pixels), columns / pixels.shape[1]
+
+    for value, low, high in ((5, 0.2, 0.5), (1, 0.5, 0.95)):
+        rows, columns = where(value)
+        assert low < rows.min() < rows.max() < high, value
+    assert where(5)[1].min() > 0.4
+
+
+def test_a_malformed_picture_raises(report):
+    for panels, message in (
+        ({"a": []}, "columns of one height, at least one"),
+        ({"a": [[1.0], [1.0, 2.0]]}, "one height"),
+        ({"a": [1.0, 2.0]}, "one height"),
+        ({"a": [[math.nan]]}, "no value is finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.picture("seen", panels)
+    with pytest.raises(ValueError, match="a picture's name becomes a file name"):
+        report.picture("../seen", {"a": [[1.0]]})
+
+
 def test_a_malformed_curve_raises(report):
     with pytest.raises(ValueError, match="2 x values, 3 y values"):
         report.curve("loss", [1, 2], {"a": [1.0, 2.0, 3.0]})

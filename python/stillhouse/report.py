@@ -34,6 +34,7 @@ class Report:
         self.claims: list[dict] = []
         self.tables: dict[str, list[dict]] = {}
         self.curves: dict[str, dict] = {}
+        self.pictures: dict[str, dict] = {}
         self.seeds: list[int] = []
         self.started = time.monotonic()
 
@@ -57,7 +58,7 @@ class Report:
 
     def value(self, key: str, value: object) -> None:
         """A top-level entry of report.json: a number, string, list, dict or tensor."""
-        if key in {"name", "date", "machine", "versions", "claims", "tables", "curves"}:
+        if key in {"name", "date", "machine", "versions", "claims", "tables", "curves", "pictures"}:
             raise ValueError(f"{key!r} is written by the report itself: choose another key")
         self.values[key] = value
 
@@ -122,10 +123,7 @@ class Report:
     ) -> None:
         """One plot `<name>.png`. ys: label -> values; x: shared by all, or label -> values.
         points: dots instead of lines."""
-        if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(
-                f"a curve's name becomes a file name: expected [A-Za-z0-9_-], got {name!r}"
-            )
+        _file_name("curve", name)
         xs = x if isinstance(x, Mapping) else dict.fromkeys(ys, x)
         series = {label: (_plain(xs[label]), _plain(y)) for label, y in ys.items()}
         for label, (x_values, y_values) in series.items():
@@ -134,6 +132,30 @@ class Report:
                     f"curve {name!r}, {label!r}: {len(x_values)} x values, {len(y_values)} y values"
                 )
         self.curves[name] = dict(series=series, xlabel=xlabel, ylabel=ylabel, points=points)
+
+    def picture(
+        self,
+        name: str,
+        panels: Mapping[str, Sequence[Sequence[float]]],
+        *,
+        xlabel: str = "",
+        ylabel: str = "",
+        xstep: float = 1.0,
+    ) -> None:
+        """One picture `<name>.png`, such as spectrograms: panels one above another in the same
+        colours. panels: label -> values of each column, rows from below, that is [columns, rows];
+        they stay out of report.json. xstep: width of a column in units of `xlabel`."""
+        _file_name("picture", name)
+        rows = {label: _plain(values) for label, values in panels.items()}
+        for label, columns in rows.items():
+            heights = {len(each) if isinstance(each, list) else 0 for each in columns}
+            if len(heights) != 1 or not min(heights):
+                raise ValueError(
+                    f"picture {name!r}, {label!r}: expected columns of one height, at least one"
+                )
+            if not any(value is not None for column in columns for value in column):
+                raise ValueError(f"picture {name!r}, {label!r}: no value is finite")
+        self.pictures[name] = dict(panels=rows, xlabel=xlabel, ylabel=ylabel, xstep=xstep)
 
     def save(self) -> Path:
         """Writes report.json and the plots, prints tables and claims; returns the JSON's path."""
@@ -147,6 +169,7 @@ class Report:
             "claims": self.claims,
             "tables": self.tables,
             "curves": self.curves,
+            "pictures": {name: list(each["panels"]) for name, each in self.pictures.items()},
         }
         write_atomically(path, (json.dumps(_plain(content), indent=1) + "\n").encode())
         self._plot()
@@ -159,9 +182,10 @@ class Report:
         return path
 
     def _plot(self) -> None:
-        if not self.curves:
+        if not self.curves and not self.pictures:
             return
         try:
+            import numpy
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
@@ -176,10 +200,38 @@ class Report:
                 axes.plot(x, y, "o" if curve["points"] else "-", label=label)
             axes.grid(alpha=0.3)
             axes.legend()
-            path = self.directory / f"{name}.png"
-            temporary = path.with_suffix(".partial")
-            FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
-            os.replace(temporary, path)
+            self._print(name, FigureCanvasAgg(figure))
+        for name, picture in self.pictures.items():
+            # None stands for what was not finite, and stays blank.
+            panels = {
+                label: numpy.array(columns, dtype=float).T
+                for label, columns in picture["panels"].items()
+            }
+            figure = Figure(figsize=(7, 1 + 2 * len(panels)), layout="constrained")
+            figure.suptitle(f"{self.name}: {name}")
+            grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+            finite = [each[numpy.isfinite(each)] for each in panels.values()]
+            lowest, highest = (getattr(numpy.concatenate(finite), end)() for end in ("min", "max"))
+            for axes, (label, values) in zip(grid, panels.items(), strict=True):
+                image = axes.imshow(
+                    values,
+                    origin="lower",
+                    aspect="auto",
+                    interpolation="nearest",
+                    extent=(0, values.shape[1] * picture["xstep"], 0, values.shape[0]),
+                    vmin=lowest,
+                    vmax=highest,
+                )
+                axes.set(ylabel=picture["ylabel"], title=label)
+            grid[-1].set_xlabel(picture["xlabel"])
+            figure.colorbar(image, ax=list(grid))
+            self._print(name, FigureCanvasAgg(figure))
+
+    def _print(self, name: str, canvas: object) -> None:
+        path = self.directory / f"{name}.png"
+        temporary = path.with_suffix(".partial")
+        canvas.print_figure(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
 
 
 def claim_row(claim: Mapping) -> dict[str, object]:
@@ -239,6 +291,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _file_name(what: str, name: str) -> None:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(
+            f"a {what}'s name becomes a file name: expected [A-Za-z0-9_-], got {name!r}"
+        )
 
 
 def _plain(value: object) -> object:
