@@ -1,0 +1,9 @@
+"""Methods for speech."""
+
+from stillhouse.methods.speech.feature_axis import feature_axis_distillation
+from stillhouse.methods.speech.text_alignment import align_text
+
+__all__ = [
+    "align_text",
+    "feature_axis_distillation",
+]
