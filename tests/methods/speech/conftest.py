@@ -16,12 +16,15 @@ SIZES = dict(
 
 @pytest.fixture
 def waves():
-    """waves(B, S, seed=0): noise with some colour, of a loudness like speech's."""
+    """waves(B, S, seed=0): a voice of sorts, harmonics of a pitch that glides, and some breath."""
 
     def make(count, samples, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        white = torch.randn(count, samples + 8, generator=generator)
-        return 0.3 * white.unfold(1, 9, 1).mean(-1) * 3
+        pitch = 0.05 + 0.05 * torch.rand(count, 1, generator=generator)
+        glide = 1 + 0.2 * torch.rand(count, 1, generator=generator) * torch.linspace(0, 1, samples)
+        phase = (pitch * glide).cumsum(1)
+        voice = sum(torch.sin(k * phase) / k for k in (1, 2, 3, 5))
+        return 0.2 * voice + 0.02 * torch.randn(count, samples, generator=generator)
 
     return make
 

@@ -83,6 +83,13 @@ def test_periods_do_not_mix():
         assert not differs[:, [0]].any()
 
 
+def test_what_is_whole_periods_is_not_padded():
+    """Three rows of two samples leave one after a stride of three, four would leave two."""
+    judge = ByPeriod(2, 1 / 16)
+    assert judge(torch.randn(1, 1, 6))[1][0].shape[2:] == (1, 2)
+    assert judge(torch.randn(1, 1, 7))[1][0].shape[2:] == (2, 2)
+
+
 def test_scales_are_halves():
     judge = ByScale(1, 1 / 8).double()
     wave = torch.randn(1, 1, 256, dtype=DOUBLE)
