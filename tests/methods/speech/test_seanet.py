@@ -283,6 +283,22 @@ def test_gradients_of_the_layers(causal):
         assert torch.autograd.gradcheck(call, (x, *weights))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(), dict(residual_units=3), dict(strides=(8, 8, 5), lstm_layers=0), dict(width=32)],
+)
+def test_a_signal_keeps_its_size_through_all_layers(sizes):
+    """And what tells its frames apart is most of it; the audio is as loud as speech."""
+    codec = SpeechCodec(CodecConfig.small(**sizes))
+    with torch.no_grad():
+        encoded = codec.encoder(0.1 * torch.randn(4, 1, 6400))
+        audio = codec.decoder(torch.randn_like(encoded))
+    apart = encoded - encoded.mean(-1, keepdim=True)
+    assert 0.15 < float(encoded.std()) < 1.5
+    assert float(apart.std()) > 0.8 * float(encoded.std())
+    assert 0.04 < float(audio.std()) < 0.25
+
+
 def test_weights_are_drawn_from_the_seed_alone(tiny):
     before = torch.get_rng_state()
     one, two, three = tiny(), tiny(), tiny(seed=1)

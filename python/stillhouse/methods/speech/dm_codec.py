@@ -19,7 +19,8 @@ Where we leave the released code: its teachers come with an axis too many, so th
 broadcast over the batch (refused here); "1:8" is stage 1 alone there and the mean of stages, as the
 paper has it, here; its later stages send no gradient to the encoder, ours do; its dead codes are
 not replaced; it runs the codec twice a step where teachers have different stages, and its tables
-move twice.
+move twice; its weights begin as torch draws them, through which a wave hardly reaches the codes at
+first, ours so that it keeps its size.
 """
 
 from __future__ import annotations
