@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from stillhouse.nn.adversarial import FORMS, GradientReversal, discriminator_loss, generator_loss
+from stillhouse.nn import GradientReversal, discriminator_loss, generator_loss
+from stillhouse.nn.adversarial import FORMS
 
 DOUBLE = torch.float64
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -64,8 +65,14 @@ def test_masked_scores_are_not_read(form):
     real, fake = scores(2, 6, form=form), scores(2, 6, seed=1, form=form)
     mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
     want = discriminator_loss(real[mask], fake[mask], form)
-    spoiled = [x.masked_fill(~mask, 0.5 if form == "bce" else float("nan")) for x in (real, fake)]
-    torch.testing.assert_close(discriminator_loss(*spoiled, form, mask), want)
+    spoiled = [x.masked_fill(~mask, float("nan")).requires_grad_() for x in (real, fake)]
+    found = discriminator_loss(*spoiled, form, mask)
+    torch.testing.assert_close(found, want)
+    for x, slope in zip(spoiled, torch.autograd.grad(found, spoiled), strict=True):
+        assert slope[~mask].abs().max() == 0
+        assert slope[mask].isfinite().all(), x
+    nothing = discriminator_loss(*spoiled, form, torch.zeros_like(mask))
+    assert float(nothing.detach()) == 0
     torch.testing.assert_close(
         generator_loss([spoiled[1]], form, [mask]), generator_loss(fake[mask], form)
     )
@@ -105,7 +112,7 @@ def test_the_best_discriminator_of_equal_sides():
         ((torch.zeros(2), torch.zeros(2), "wgan"), "form must be one of lsgan, hinge"),
         (([torch.zeros(2)], [torch.zeros(2)] * 2), "scores of 1 discriminators and of 2"),
         (([], []), "no scores"),
-        ((torch.zeros(2), torch.zeros(2), "lsgan", torch.ones(3) > 0), "one value a row"),
+        ((torch.zeros(2), torch.zeros(2), "lsgan", torch.ones(3) > 0), r"mask must be bool \(2,\)"),
         ((torch.zeros(2), torch.zeros(2), "lsgan", torch.ones(2)), "mask must be bool"),
         (
             (torch.zeros(2), torch.zeros(2), "lsgan", [torch.ones(2) > 0] * 2),

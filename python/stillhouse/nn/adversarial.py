@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, relu, softplus
 
-from stillhouse.train.reduce import reduce
-
 Scores = Tensor | Sequence[Tensor]
 
 # What a score costs: (a real one, the discriminator), (a fake one, the discriminator), (a fake one,
@@ -45,7 +43,7 @@ def discriminator_loss(
 
     Example:
         >>> import torch
-        >>> from stillhouse.nn.adversarial import discriminator_loss
+        >>> from stillhouse.nn import discriminator_loss
         >>> discriminator_loss(torch.tensor([0.5, 1.0]), torch.tensor([0.5]))
         tensor(0.3750)
     """
@@ -65,7 +63,7 @@ def generator_loss(
 
     Example:
         >>> import torch
-        >>> from stillhouse.nn.adversarial import generator_loss
+        >>> from stillhouse.nn import generator_loss
         >>> generator_loss([torch.tensor([0.5]), torch.tensor([2.0])], "hinge")
         tensor(-2.5000)
     """
@@ -80,7 +78,7 @@ class GradientReversal(nn.Module):
 
     Example:
         >>> import torch
-        >>> from stillhouse.nn.adversarial import GradientReversal
+        >>> from stillhouse.nn import GradientReversal
         >>> x = torch.tensor(3.0, requires_grad=True)
         >>> y = GradientReversal(0.5)(x).square()
         >>> y.backward()
@@ -142,5 +140,19 @@ def _total(
     masks = [None] * len(scores) if mask is None else _listed(mask)
     if len(masks) != len(scores):
         raise ValueError(f"scores of {len(scores)} discriminators and {len(masks)} masks")
-    terms = [reduce(cost(each), of_it) for each, of_it in zip(scores, masks, strict=True)]
+    terms = [_mean(cost, each, of_it) for each, of_it in zip(scores, masks, strict=True)]
     return sum(terms[1:], terms[0])
+
+
+def _mean(cost: Callable[[Tensor], Tensor], score: Tensor, mask: Tensor | None) -> Tensor:
+    """Over what counts; 0 with a zero gradient where nothing does."""
+    if mask is None:
+        return cost(score).mean()
+    if mask.dtype != torch.bool or mask.shape != score.shape:
+        raise ValueError(
+            f"mask must be bool {tuple(score.shape)}, True = counts, got {mask.dtype} "
+            f"{tuple(mask.shape)}"
+        )
+    # Before the cost: the slope at a NaN would be one, however it is weighted.
+    counted = torch.where(mask, score, 0.5)
+    return torch.where(mask, cost(counted), 0).sum() / mask.sum().clamp(min=1)

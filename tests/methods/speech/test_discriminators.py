@@ -13,7 +13,7 @@ from torch import nn
 
 from stillhouse.methods.speech import DiscriminatorConfig, codec_discriminators
 from stillhouse.methods.speech.discriminators import ByPeriod, ByScale, BySpectrum
-from stillhouse.nn.adversarial import discriminator_loss
+from stillhouse.nn import discriminator_loss
 
 DOUBLE = torch.float64
 

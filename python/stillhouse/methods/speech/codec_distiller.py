@@ -14,7 +14,7 @@ from stillhouse.methods.speech.codec_losses import CodecWeights, codec_losses
 from stillhouse.methods.speech.codec_teachers import States, checked_weights, dm_codec_loss
 from stillhouse.methods.speech.seanet import CodecOutput, SpeechCodec
 from stillhouse.methods.speech.stages import Stage, stage_range
-from stillhouse.nn.adversarial import discriminator_loss
+from stillhouse.nn import discriminator_loss
 
 Teacher = Callable[[Tensor], States]
 

@@ -12,7 +12,7 @@ from torch.nn.functional import l1_loss
 from stillhouse.methods.speech.discriminators import Judged
 from stillhouse.methods.speech.mel import log_mel
 from stillhouse.methods.speech.seanet import CodecOutput
-from stillhouse.nn.adversarial import generator_loss
+from stillhouse.nn import generator_loss
 
 
 @dataclass(frozen=True)

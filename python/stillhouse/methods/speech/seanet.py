@@ -18,7 +18,7 @@ from stillhouse.methods.speech.seanet_blocks import (
     initialize_,
 )
 from stillhouse.methods.speech.stages import Stage, stage_average, stage_range
-from stillhouse.nn.rvq import ResidualVQ
+from stillhouse.nn import ResidualVQ
 
 
 class CodecOutput(NamedTuple):
