@@ -299,6 +299,12 @@ def test_a_signal_keeps_its_size_through_all_layers(sizes):
     assert 0.04 < float(audio.std()) < 0.25
 
 
+def test_what_the_quantizer_is_told(tiny):
+    quantizer = tiny(seed=3, decay=0.7, dead_code_threshold=0.3).quantizer
+    assert (quantizer.decay, quantizer.dead_code_threshold) == (0.7, 0.3)
+    assert (quantizer.seed, quantizer.commitment_weight, quantizer.grad) == (3, 1.0, "ste")
+
+
 def test_weights_are_drawn_from_the_seed_alone(tiny):
     before = torch.get_rng_state()
     one, two, three = tiny(), tiny(), tiny(seed=1)

@@ -130,11 +130,12 @@ class MultiTeacherCodecDistiller:
     def state_dict(self) -> dict[str, Any]:
         """All that a training goes on with, as tensors and numbers (`torch.load` with
         weights_only)."""
+        judges = self.discriminators
         return {
             "steps": self.steps,
             "codec": self.codec.state_dict(),
             "projections": self.projections.state_dict(),
-            "discriminators": self.discriminators and self.discriminators.state_dict(),
+            "discriminators": None if judges is None else judges.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
         }
 

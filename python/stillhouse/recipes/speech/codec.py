@@ -1,6 +1,6 @@
 """A small codec of waveforms, taught by a text and a speech model, and a prompt through it.
 
-    python -m stillhouse.recipes.speech.codec --steps 600
+    python -m stillhouse.recipes.speech.codec --steps 900
 
 It trains on a few minutes' worth of the English prompts (`PromptFrames`: the same split and the
 same two teachers as in `stillhouse run dm-codec`), and leaves in runs/codec a held-out prompt as it
@@ -26,7 +26,6 @@ from stillhouse.data import speech
 from stillhouse.errors import exit_code
 from stillhouse.methods.speech import (
     CodecConfig,
-    CodecWeights,
     DiscriminatorConfig,
     MultiTeacherCodecDistiller,
     SpeechCodec,
@@ -39,11 +38,9 @@ from stillhouse.recipes.speech.prompt_frames import HOP, PromptFrames
 from stillhouse.report import Report
 
 CONFIG = CodecConfig.small(
-    strides=(8, 8, 5), width=16, dim=128, codebook_size=64, lstm_layers=0, decay=0.9
+    strides=(8, 8, 5), width=16, dim=16, codebook_size=64, lstm_layers=0, decay=0.9
 )
 JUDGES = DiscriminatorConfig.small(periods=(), windows=(1024, 256))
-# Prompts are read by one voice, so the phase of a wave can be learnt late: spectra come first.
-WEIGHTS = CodecWeights(time=100.0)
 STAGES = {"text": 1, "speech": "1:Q"}
 LAMBDAS = {"text": 0.8, "speech": 0.2}  # the paper's best mix
 BATCH, LENGTH, RATE = 4, 15, 2e-3  # crops of 15 frames, 0.3 s
@@ -61,7 +58,7 @@ MEASURED = 12  # held-out prompts of a second or more
 def main(argv: Sequence[str]) -> int:
     """`argv`: --steps, --out, --seed, --clip (a held-out prompt by name), --plain (no teacher)."""
     parser = argparse.ArgumentParser(prog="codec", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--out", type=Path, default=Path("runs/codec"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clip", help="held-out prompt that is written; the first one if not said")
@@ -119,7 +116,6 @@ def train(
         {name: LAMBDAS[name] for name in names} or None,
         codec_discriminators(JUDGES, seed=seed),
         widths={"text": frames.read.shape[1], "speech": frames.heard.shape[1]} if names else {},
-        loss_weights=WEIGHTS,
         learning_rate=RATE,
         total_steps=steps,
         seed=seed,
