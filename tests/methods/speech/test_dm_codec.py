@@ -331,6 +331,7 @@ def test_the_global_generator_stays(trainer, waves):
         (dict(widths={"text": 5}), "widths are of text"),
         (dict(weights={"text": 0.0, "speech": 0.0}), "positive sum"),
         (dict(weights={"text": 1.0}), "weights are of text"),
+        (dict(teachers={"mel": None}, stages={"mel": 1}), "a teacher cannot be called 'mel'"),
         (dict(total_steps=0), "total_steps must be at least 1"),
     ],
 )

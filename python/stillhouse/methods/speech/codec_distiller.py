@@ -17,6 +17,7 @@ from stillhouse.methods.speech.stages import Stage, stage_range
 from stillhouse.nn import discriminator_loss
 
 Teacher = Callable[[Tensor], States]
+PARTS = "loss", "time", "mel", "commit", "adversarial", "features", "distill", "discriminator"
 
 
 class MultiTeacherCodecDistiller:
@@ -33,9 +34,9 @@ class MultiTeacherCodecDistiller:
     `step(wave, states)` is one of the discriminators and one of the codec, on one call of it; it
     returns all parts, the teachers' by name, and `discriminator`, as detached scalars.
     `state_dict` has all that goes on: weights, tables, optimisers, the number of the step.
-    Raises ValueError for stages, weights or widths that are not of these teachers, a stage that
-    does not exist, states that are missing or unknown, a step beyond the last, and a loss that is
-    not finite.
+    Raises ValueError for a teacher with the name of another part, for stages, weights or widths
+    that are not of these teachers, a stage that does not exist, states that are missing or unknown,
+    a step beyond the last, and a loss that is not finite.
 
     Defaults: the released trainer's: Adam, 1e-4, betas (0.9, 0.99), no clipping and no decay;
     teachers 768 wide; the paper teaches stage 1 by text and the mean of all by speech. Its lambdas
@@ -69,6 +70,10 @@ class MultiTeacherCodecDistiller:
         seed: int = 0,
     ):
         names = list(teachers)
+        if taken := [name for name in names if name in PARTS]:
+            raise ValueError(
+                f"a teacher cannot be called {taken[0]!r}, which is a part of the loss"
+            )
         if isinstance(widths, int):
             widths = dict.fromkeys(names, widths)
         for what, given in (("stages", stages), ("widths", widths)):
