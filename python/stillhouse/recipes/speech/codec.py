@@ -2,11 +2,11 @@
 
     python -m stillhouse.recipes.speech.codec --steps 900
 
-It trains on a few minutes' worth of the English prompts (`PromptFrames`: the same split and the
-same two teachers as in `stillhouse run dm-codec`), and leaves in runs/codec a held-out prompt as it
-was and as it comes back, original.wav and decoded.wav, their spectra as a picture, the codec
-(codec.pt) and a report. What two minutes on two cores give is speech that can be made out, not one
-that is pleasant to hear.
+It trains on crops of the English prompts (`PromptFrames`: the same split and the same two teachers
+as in `stillhouse run dm-codec`), and leaves in runs/codec a held-out prompt as it was and as it
+comes back, original.wav and decoded.wav, their spectra as a picture, the codec (codec.pt) and a
+report. 900 steps take two minutes on one core and give a voice that follows the melody, STOI 0.62
+on held-out prompts; 2,700 steps gave 0.73.
 """
 
 from __future__ import annotations
