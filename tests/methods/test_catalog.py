@@ -66,8 +66,14 @@ def test_show_lists_the_catalog(capsys):
 
 def test_show_lists_a_domain(capsys):
     runner.show(domain="language")
-    assert "taid" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no domain 'langage': expected one of language"):
+    printed = capsys.readouterr().out
+    assert "taid" in printed
+    assert "dm-codec" not in printed
+    runner.show(domain="speech")
+    printed = capsys.readouterr().out
+    assert "dm-codec" in printed
+    assert "taid" not in printed
+    with pytest.raises(ValueError, match="no domain 'langage': expected one of language, speech"):
         runner.show(domain="langage")
 
 

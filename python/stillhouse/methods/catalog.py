@@ -211,6 +211,26 @@ METHODS = {
                 "score_candidates",
             ),
         ),
+        Method(
+            id="dm-codec",
+            title="A speech codec taught by text and speech models",
+            arxiv="2410.15017",
+            domain="speech",
+            kind="feature loss, and the codec with its training",
+            kernels=("rvq",),
+            names=(
+                "feature_axis_distillation",
+                "dm_codec_loss",
+                "align_text",
+                "CodecConfig",
+                "SpeechCodec",
+                "CodecWeights",
+                "codec_losses",
+                "DiscriminatorConfig",
+                "codec_discriminators",
+                "MultiTeacherCodecDistiller",
+            ),
+        ),
     )
 }
 

@@ -1,5 +1,6 @@
 """Modules, and the stateless functions that several domains share."""
 
+from .adversarial import GradientReversal, discriminator_loss, generator_loss
 from .fsq import FSQ, FiniteCodes, ResidualFSQ
 from .kmeans import kmeans
 from .lfq import LFQ, LookupFree
@@ -9,10 +10,13 @@ __all__ = [
     "FSQ",
     "LFQ",
     "FiniteCodes",
+    "GradientReversal",
     "GroupedResidualVQ",
     "LookupFree",
     "Quantized",
     "ResidualFSQ",
     "ResidualVQ",
+    "discriminator_loss",
+    "generator_loss",
     "kmeans",
 ]

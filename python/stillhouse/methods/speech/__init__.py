@@ -1,5 +1,35 @@
 """Methods for speech."""
 
+from stillhouse.methods.speech.dm_codec import (
+    CodecConfig,
+    CodecWeights,
+    DiscriminatorConfig,
+    MultiTeacherCodecDistiller,
+    SpeechCodec,
+    align_text,
+    codec_discriminators,
+    codec_losses,
+    dm_codec_loss,
+    feature_axis_distillation,
+)
+from stillhouse.methods.speech.mel import log_mel
 from stillhouse.methods.speech.metrics import phone_purity, pnmi, stoi, wer, wil
 
-__all__ = ["phone_purity", "pnmi", "stoi", "wer", "wil"]
+__all__ = [
+    "CodecConfig",
+    "CodecWeights",
+    "DiscriminatorConfig",
+    "MultiTeacherCodecDistiller",
+    "SpeechCodec",
+    "align_text",
+    "codec_discriminators",
+    "codec_losses",
+    "dm_codec_loss",
+    "feature_axis_distillation",
+    "log_mel",
+    "phone_purity",
+    "pnmi",
+    "stoi",
+    "wer",
+    "wil",
+]
