@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn.functional import pad
 from stillhouse.data.packages import DataUnavailable
 from stillhouse.data.speech.waves import RATE
 from stillhouse.data.speech.whisper_encoder import WhisperEncoder
+from stillhouse.methods.speech.mel import mel_filters
 
 HOP, WINDOW, MELS = 160, 400, 80
 STRIDE = 2 * HOP  # samples a state: 50 states a second
@@ -78,23 +78,10 @@ def log_mel(wave: Tensor) -> Tensor:
     """What Whisper reads: float32 [80, S // 160] from [S] at 16 kHz. log10 of the power in 80 bands
     of the scale of Slaney's Auditory Toolbox, cut off 8 below the largest, (x + 4) / 4."""
     spectrum = torch.stft(wave, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True)
+    filters = mel_filters(RATE, WINDOW, MELS, scale="slaney", norm="slaney")
     power = spectrum[:, :-1].abs().square()
-    logs = (_filters() @ power).clamp(min=1e-10).log10()
+    logs = (filters.float().T @ power).clamp(min=1e-10).log10()
     return (logs.maximum(logs.max() - 8) + 4) / 4
-
-
-@functools.cache
-def _filters() -> Tensor:
-    """Triangles of equal area [80, 201], whose corners are equally spaced in mel: linear up to
-    1 kHz (200/3 Hz each), then 27 to each factor of 6.4."""
-    mels = torch.linspace(0, 15 + 27 * math.log(8) / math.log(6.4), MELS + 2, dtype=torch.float64)
-    corners = torch.where(
-        mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27)
-    )
-    bins = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
-    low, middle, high = (corners[i : MELS + i, None] for i in range(3))
-    triangles = torch.minimum((bins - low) / (middle - low), (high - bins) / (high - middle))
-    return (triangles.clamp(min=0) * 2 / (high - low)).float()
 
 
 def model_folder() -> Path:
