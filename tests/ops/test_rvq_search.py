@@ -146,7 +146,7 @@ def test_codes_that_are_given(level):
     ("options", "words"),
     [
         (dict(beam=0), "beam must be at least 1"),
-        (dict(temperature=-1.0), "temperature 0"),
+        (dict(temperature=-1.0), "temperature must be a number from 0"),
         (dict(temperature=1.0), "need a seed"),
         (dict(beam=2, metric="cosine"), "a beam is of nearest codes"),
         (dict(beam=2, temperature=1.0, seed=0), "a beam is of nearest codes"),

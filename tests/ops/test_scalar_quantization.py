@@ -431,6 +431,11 @@ CODES = torch.zeros(5, dtype=torch.int64)
             "num_quantizers must have the rows' shape",
         ),
         (lambda: ops.residual_fsq(X, [4] * 4, 2, grad="none"), ValueError, "grad must be one of"),
+        (
+            lambda: ops.residual_fsq(X, [4] * 4, 2, num_quantizers=torch.tensor(3)),
+            ValueError,
+            "num_quantizers must be from 0 to 2, got 3",
+        ),
         (lambda: ops.lfq(X[:, :0]), ValueError, "from 1 to 63 bits, got 0"),
         (lambda: ops.bsq(X.repeat(1, 16)), ValueError, "from 1 to 63 bits, got 64"),
         (lambda: ops.lfq(X.int()), TypeError, "x must be a float tensor"),

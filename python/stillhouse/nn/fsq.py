@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stillhouse import ops
 from stillhouse.nn.projected_quantizer import ProjectedQuantizer
-from stillhouse.ops.scalar_quantization import BOUNDS, FORMS, GRADIENTS, check_levels
+from stillhouse.ops.scalar_quantization import BOUNDS, FORMS, GRADIENTS, check_levels, one_of
 
 __all__ = ["FSQ", "FiniteCodes", "ResidualFSQ"]
 
@@ -63,8 +63,8 @@ class FSQ(ProjectedQuantizer):
         bound: str = "tanh",
         seed: int = 0,
     ):
-        _known("form", form, FORMS)
-        _known("bound", bound, BOUNDS)
+        one_of("form", form, FORMS)
+        one_of("bound", bound, BOUNDS)
         levels = check_levels(levels, form)
         if num_codebooks < 1:
             raise ValueError(f"num_codebooks must be 1 or more, got {num_codebooks}")
@@ -146,7 +146,7 @@ class ResidualFSQ(ProjectedQuantizer):
         grad: str = "ste",
         seed: int = 0,
     ):
-        _known("grad", grad, GRADIENTS)
+        one_of("grad", grad, GRADIENTS)
         levels = check_levels(levels, "symmetric")
         if num_quantizers < 1:
             raise ValueError(f"num_quantizers must be 1 or more, got {num_quantizers}")
@@ -225,8 +225,3 @@ def _mixed(key: Tensor) -> Tensor:
     for _ in range(2):
         key = (key >> 16 ^ key) * 0x45D9F3B & 0xFFFFFFFF
     return key >> 16 ^ key
-
-
-def _known(name: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stillhouse import ops
 from stillhouse.nn.ranks import Ranks
+from stillhouse.ops.rows import check_floats
 
 
 def kmeans(
@@ -47,8 +48,7 @@ def kmeans(
         tensor([[1.5000],
                 [8.5000]])
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+    check_floats(x)
     if x.dim() != 2:
         raise ValueError(f"x must be [N, D], got {tuple(x.shape)}")
     if k < 1 or iterations < 1:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .scalar_quantization import _of_rows, on_sphere
+from .rows import check_floats, mask_of_rows
+from .scalar_quantization import on_sphere
 
 MOST = 20  # bits of a group
 FAR = 1e3  # log-odds beyond which an entropy is 0 in float64, too
@@ -95,8 +96,7 @@ def bsq_entropy(
 def _entropy(
     x, factor, diversity, inv_temperature, group, mask, process_group, sphere=False
 ) -> CodeEntropy:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {x.dtype}")
+    check_floats(x)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must be [..., d] with a bit or more, got {tuple(x.shape)}")
     if not isinstance(inv_temperature, Tensor) and not 0 < inv_temperature < math.inf:
@@ -115,9 +115,7 @@ def _entropy(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = torch.ones_like(wide[..., 0])
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        mask = _of_rows("mask", mask, x)
+        mask = mask_of_rows(mask, x)
         wide, weight = torch.where(mask[..., None], wide, 0.0), mask.to(wide.dtype)
     wide, weight = wide.reshape(-1, bits), weight.reshape(-1)
     count = weight.sum()

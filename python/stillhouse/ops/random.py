@@ -19,7 +19,10 @@ def philox_words(seed: int | Tensor, position, node=0, stream=0) -> Tensor:
         >>> [hex(word) for word in philox_words(seed=0, position=0).tolist()]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    given = [torch.as_tensor(part, dtype=torch.int64) for part in (seed, position, node, stream)]
+    given = [
+        torch.as_tensor(in_int64(part), dtype=torch.int64)
+        for part in (seed, position, node, stream)
+    ]
     device = next((part.device for part in given if part.dim() > 0), given[0].device)
     seed, position, node, stream = torch.broadcast_tensors(*(part.to(device) for part in given))
     key = [seed & _LOW, seed >> 32 & _LOW]
@@ -30,6 +33,11 @@ def philox_words(seed: int | Tensor, position, node=0, stream=0) -> Tensor:
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [key[0] + 0x9E3779B9 & _LOW, key[1] + 0xBB67AE85 & _LOW]
     return torch.stack(c, -1)
+
+
+def in_int64(number: int | Tensor) -> int | Tensor:
+    """The int64 of the same 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63 if isinstance(number, int) else number
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

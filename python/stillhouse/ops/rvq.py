@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import rvq_autograd, rvq_search
-from .rvq_autograd import CODES, GRADIENTS, METRICS, Decoded, Quantized, pack
+from .random import in_int64
+from .rows import check_floats, depth_of_rows, mask_of_rows, of_rows
+from .rvq_autograd import CODES, GRADIENTS, METRICS, Decode, Quantize, pack
 
 
 class ResidualCodes(NamedTuple):
@@ -43,9 +47,10 @@ def rvq_encode(
             their own in each group. float64 where x is.
         metric: "l2", or "cosine", by which the code is chosen whose direction is nearest. What is
             taken off a row is the code as it is in the table.
-        num_quantizers: stages, of all rows or int64 [...] of each; all that there are if None.
+        num_quantizers: stages, of all rows or int64 [...] of each, from 0; all that there are if
+            None.
         mask: bool [...]; False = the row is not quantized.
-        sizes: int64 [Q] or [G, Q], codes that count of each table.
+        sizes: int64 [Q] or [G, Q], codes that count of each table, from 1 to K.
         packed: `rvq_pack` of the same tables with the same metric and sizes, where they stay.
         return_margin: also return how much farther than the nearest code the second one is, as a
             difference of squared distances [..., Q] ("cosine": twice that of |r| cos).
@@ -63,7 +68,8 @@ def rvq_encode(
 
     Raises:
         ValueError: shapes, ranges or devices that do not fit, more quantizers than tables, draws
-            without a seed, a beam of cosines or of draws, margins of either.
+            without a seed, a beam of cosines or of draws, margins of either. Ranges in a tensor
+            are checked on the CPU; elsewhere depths and sizes beyond the tables are all of them.
         TypeError: a dtype outside the lists above.
 
     Example:
@@ -78,11 +84,11 @@ def rvq_encode(
     if beam != 1 or temperature != 0:
         _check_search(call, beam, temperature, seed, return_margin)
         if position is not None:
-            position = _of_rows("position", position, x, call).long()
+            position = call.flat(of_rows("position", position, x)).long()
         with torch.no_grad():
             if beam > 1:
                 return call.shaped(rvq_search.beam_codes(call, beam))
-            return call.shaped(rvq_search.drawn_codes(call, temperature, seed, position))
+            return call.shaped(rvq_search.drawn_codes(call, temperature, in_int64(seed), position))
     with torch.no_grad():
         codes, _, _, margin = rvq_autograd.encode(call, want_margin=return_margin)
     codes = call.shaped(codes)
@@ -90,8 +96,10 @@ def rvq_encode(
 
 
 def _check_search(call: Call, beam: int, temperature: float, seed, return_margin: bool) -> None:
-    if beam < 1 or temperature < 0:
-        raise ValueError(f"beam must be at least 1 and temperature 0, got {beam}, {temperature}")
+    if operator.index(beam) < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    if temperature != 0 and not 0 < 2 / temperature < math.inf:
+        raise ValueError(f"temperature must be a number from 0, got {temperature}")
     if temperature > 0 and seed is None:
         raise ValueError("codes that are drawn (temperature > 0) need a seed")
     if beam > 1 and (temperature > 0 or call.metric != "l2"):
@@ -111,21 +119,23 @@ def rvq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """The sum of the codes, [..., D] of int64 [..., Q], in the stages' order; -1 adds nothing.
 
     codebooks: as in `rvq_encode`; Q may be fewer than there are tables. Differentiable in the
-    tables. Raises ValueError for shapes that do not fit, more stages than tables, and on the CPU
-    for codes outside of a table.
+    tables. Raises ValueError for shapes that do not fit, no stage or more than there are tables,
+    TypeError for codes that are not integers, and on the CPU RuntimeError for codes outside of a
+    table.
     """
     tables = _tables(codebooks)
     grouped = codebooks.dim() == 4
+    _check_codes(codes)
     if codes.dim() < 1 + grouped or (grouped and codes.shape[0] != len(tables)):
         raise ValueError(
             f"codes must be [..., Q], or [G, ..., Q] with {len(tables)} groups of tables, got "
             f"{tuple(codes.shape)}"
         )
     stages = codes.shape[-1]
-    if tables.shape[1] > 1 and stages > tables.shape[1]:
+    if stages < 1 or (tables.shape[1] > 1 and stages > tables.shape[1]):
         raise ValueError(f"{stages} stages of codes and {tables.shape[1]} codebooks")
     flat = codes.reshape(len(tables), -1, stages).long()
-    out = Decoded.apply(flat, tables)
+    out = Decode.apply(flat, tables)
     return out.view(*codes.shape[:-1], tables.shape[-1])
 
 
@@ -144,8 +154,9 @@ def rvq(
     """Rows quantized, with a gradient.
 
     Arguments, shapes and errors as in `rvq_encode`; codes: int64 [..., Q] that are taken as they
-    are, such as those of a beam or drawn ones; and `grad`, what out's derivative to x is said
-    to be, since the true one is 0. Published quantizers differ here:
+    are, such as those of a beam or drawn ones, of as many stages as they have; and `grad`, what
+    out's derivative to x is said to be, since the true one is 0 (which it is of rows without a
+    stage). Published quantizers differ here:
 
     - "ste": the identity; each stage's error has its own gradient to x (Mimi).
     - "rotation": lambda R, the rotation that takes x to out and the ratio of their lengths
@@ -155,15 +166,18 @@ def rvq(
       straight-through form).
     - "encodec": the identity; errors beyond the first stage have no gradient to x.
 
-    error's gradient to the tables is that of |r - c|^2 with r fixed, out's is none.
+    error's gradient to the tables is that of |r - c|^2 with r fixed, out's is none. Of error there
+    is no second derivative: RuntimeError.
     """
     if grad not in GRADIENTS:
         raise ValueError(f"grad must be one of {', '.join(GRADIENTS)}, got {grad!r}")
+    if codes is not None and num_quantizers is not None:
+        raise ValueError("codes are of as many stages as they have: leave num_quantizers")
     stages = num_quantizers if codes is None else codes.shape[-1]
     call = Call(x, codebooks, metric, stages, mask, sizes, packed)
     if codes is not None:
         call.codes = checked_codes(codes, x, call)
-    codes, out, error = Quantized.apply(call, grad, call.x, call.tables)
+    codes, out, error = Quantize.apply(call, grad, call.x, call.tables)
     return ResidualCodes(call.shaped(out), call.shaped(codes), call.shaped(error))
 
 
@@ -174,12 +188,13 @@ def rvq_statistics(
     and the sum of what it stands for, [Q, K, D]: residuals before its stage. Codes -1 do not count.
 
     x [..., D], codes [..., Q], codebooks as in `rvq_encode`; the results have their shapes, one
-    table where one is shared. Summed in the rows' order, whatever the number of threads.
+    table where one is shared. Summed in the rows' order, whatever the number of threads. Raises
+    what `rvq_encode` and `rvq_decode` do.
     """
     call = Call(x, codebooks, "l2", codes.shape[-1], None, None, None)
     flat = checked_codes(codes, x, call)
     if mask is not None:
-        flat = flat.masked_fill(~_of_rows("mask", mask, x, call)[..., None], -1)
+        flat = flat.masked_fill(~call.flat(mask_of_rows(mask, x))[..., None], -1)
     with torch.no_grad():
         counts, sums = rvq_autograd.statistics(call.x, flat, call.tables)
     return (counts, sums) if codebooks.dim() == 4 else (counts[0], sums[0])
@@ -187,6 +202,7 @@ def rvq_statistics(
 
 def checked_codes(codes: Tensor, x: Tensor, call: Call) -> Tensor:
     """int64 [G, N, Q] of the codes of x's rows."""
+    _check_codes(codes)
     if codes.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"{tuple(codes.shape)} codes of {tuple(x.shape)} rows")
     return codes.reshape(*call.x.shape[:2], codes.shape[-1]).long()
@@ -215,18 +231,16 @@ class Call:
         most = codebooks.shape[-3]
         self.depth, self.stages, self.codes = None, most, None
         if isinstance(num_quantizers, Tensor):
-            self.depth = _of_rows("num_quantizers", num_quantizers, x, self).long()
+            self.depth = self.flat(depth_of_rows(num_quantizers, x, most))
         elif num_quantizers is not None:
-            if not 1 <= num_quantizers <= most:
+            if not 1 <= operator.index(num_quantizers) <= most:
                 raise ValueError(
                     f"num_quantizers must be from 1 to {most}, the number of codebooks, got "
                     f"{num_quantizers}"
                 )
             self.stages = num_quantizers
         if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask must be bool, got {mask.dtype}")
-            rows = _of_rows("mask", mask, x, self)
+            rows = self.flat(mask_of_rows(mask, x))
             depth = torch.full_like(rows, self.stages, dtype=torch.int64)
             self.depth = (depth if self.depth is None else self.depth).masked_fill(~rows, 0)
         self.sizes = _sizes(sizes, self.tables)
@@ -238,8 +252,15 @@ class Call:
         if self.given is None:
             return pack(self.tables, self.metric, self.sizes)
         groups, count, size, width = self.tables.shape
-        if self.given.shape != (groups, count, -(-size // CODES), width + 1, CODES):
-            raise ValueError("packed was made of tables of another shape: rvq_pack them again")
+        made, tables = self.given, self.tables
+        if (
+            made.shape != (groups, count, -(-size // CODES), width + 1, CODES)
+            or made.dtype != tables.dtype
+            or made.device != tables.device
+        ):
+            raise ValueError(
+                "packed was made of tables of another shape, dtype or device: rvq_pack them again"
+            )
         return self.given
 
     @property
@@ -252,15 +273,13 @@ class Call:
             else (stages >= self.depth[..., None])
         )
 
+    def flat(self, of_rows: Tensor) -> Tensor:
+        """[G, N] of what has the rows' shape."""
+        return of_rows.reshape(self.x.shape[:2])
+
     def shaped(self, found: Tensor) -> Tensor:
         """[G, N, ...] as the rows came."""
         return found.view(*self.leading, found.shape[-1])
-
-
-def check_floats(x: Tensor) -> None:
-    """Rows are float tensors."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
 
 
 def _tables(codebooks: Tensor, x: Tensor | None = None) -> Tensor:
@@ -272,6 +291,8 @@ def _tables(codebooks: Tensor, x: Tensor | None = None) -> Tensor:
         )
     if 0 in codebooks.shape:
         raise ValueError(f"codebooks of shape {tuple(codebooks.shape)} have no code")
+    if not codebooks.is_floating_point():
+        raise TypeError(f"codebooks must be float tensors, got {codebooks.dtype}")
     if x is not None and (x.dtype == torch.float64) != (codebooks.dtype == torch.float64):
         raise TypeError(f"x is {x.dtype} and codebooks {codebooks.dtype}: float64 goes with itself")
     if codebooks.dtype not in (torch.float32, torch.float64):
@@ -284,16 +305,19 @@ def _tables(codebooks: Tensor, x: Tensor | None = None) -> Tensor:
 def _sizes(sizes: Tensor | None, tables: Tensor) -> Tensor | None:
     if sizes is None:
         return None
+    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64:
+        raise TypeError(f"sizes must be int64, got {getattr(sizes, 'dtype', type(sizes))}")
     if sizes.numel() != tables.shape[0] * tables.shape[1]:
         raise ValueError(f"sizes must be one for each table, got {tuple(sizes.shape)}")
-    return sizes.reshape(tables.shape[:2]).long()
+    codes = tables.shape[2]
+    if sizes.is_cpu and not torch.compiler.is_compiling():
+        low, high = int(sizes.min()), int(sizes.max())
+        if low < 1 or high > codes:
+            raise ValueError(f"sizes must be from 1 to {codes}, got {low} to {high}")
+    # There is nothing to read beyond the tables.
+    return sizes.reshape(tables.shape[:2]).clamp(max=codes)
 
 
-def _of_rows(name: str, given: Tensor, x: Tensor, call: Call) -> Tensor:
-    """[G, N] of what broadcasts to the rows."""
-    try:
-        return given.expand(x.shape[:-1]).reshape(call.x.shape[:2])
-    except RuntimeError:
-        raise ValueError(
-            f"{name} must have the rows' shape {tuple(x.shape[:-1])}, got {tuple(given.shape)}"
-        ) from None
+def _check_codes(codes: Tensor) -> None:
+    if codes.is_floating_point() or codes.dtype == torch.bool:
+        raise TypeError(f"codes must be int64, got {codes.dtype}")

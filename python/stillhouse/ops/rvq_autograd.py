@@ -132,7 +132,7 @@ def gradient(upstream, x, codes, tables, want_x, want_tables):
     return divergence_autograd.kernels().rvq_gradient(*words)
 
 
-class Quantized(torch.autograd.Function):
+class Quantize(torch.autograd.Function):
     """codes, out and the squared distances after each stage; the last two have gradients."""
 
     @staticmethod
@@ -144,7 +144,7 @@ class Quantized(torch.autograd.Function):
             codes = call.codes.masked_fill(call.beyond, -1)
             out, error = decode(codes, tables), rvq_reference.errors(x, codes, tables)
         ctx.save_for_backward(x, tables, codes, out)
-        ctx.mode = mode
+        ctx.mode, ctx.partial = mode, call.depth is not None
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
         return codes, out, error
@@ -156,6 +156,9 @@ class Quantized(torch.autograd.Function):
         d_x = d_tables = None
         if of_x and d_out is not None:
             d_x = _through(ctx.mode, d_out, x, tables, codes, out)
+            if ctx.partial:
+                # A row without a stage is 0, whatever it was.
+                d_x = torch.where(codes[..., :1] >= 0, d_x, 0)
         if d_error is not None:
             to_x = d_error
             if ctx.mode == "encodec":
@@ -169,7 +172,7 @@ class Quantized(torch.autograd.Function):
         return None, None, None if d_x is None else d_x.to(x.dtype), d_tables
 
 
-class Decoded(torch.autograd.Function):
+class Decode(torch.autograd.Function):
     """Sums of codes; the gradient goes to the tables."""
 
     @staticmethod
@@ -225,8 +228,12 @@ def rotated_gradient(d_out: Tensor, x: Tensor, q: Tensor) -> Tensor:
     return torch.where(known, of_q / of_x.clamp(min=tiny) * turned, d_out)
 
 
+def _no_second_derivative(ctx, *upstream):
+    raise RuntimeError("squared distances of rvq have no second derivative")
+
+
 def register(namespace: str) -> None:
-    """Shapes of the ops whose schemas csrc/ops.cpp has put into this namespace."""
+    """Shapes and derivatives of the ops whose schemas csrc/ops.cpp has put into this namespace."""
     fakes = {
         "rvq_pack": _fake_pack,
         "rvq_encode": _fake_encode,
@@ -237,6 +244,7 @@ def register(namespace: str) -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
+    torch.library.register_autograd(f"{namespace}::rvq_gradient", _no_second_derivative)
 
 
 register("stillhouse")

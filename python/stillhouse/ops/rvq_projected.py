@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import rvq_autograd
-from .rvq import Call, ResidualCodes, check_floats
+from .rows import check_floats, mask_of_rows
+from .rvq import Call, ResidualCodes
 
 Linear = tuple[Tensor, Tensor | None]
 GRADIENTS = ("ste", "stage_sum")
@@ -68,13 +69,19 @@ def projected_rvq(
             f"codebooks must be [Q, K, d], got {tuple(getattr(codebooks, 'shape', ()))}"
         )
     stages, _, narrow = codebooks.shape
-    wide = x.shape[-1]
+    wide = x.shape[-1] if x.dim() else 0
     _check("into", into, (stages, narrow, wide))
     _check("out_of", out_of, (stages, wide, narrow))
     if isinstance(num_quantizers, int) and 1 <= num_quantizers <= stages:
         stages = num_quantizers
     rows = x.reshape(-1, wide)
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    for name, (weight, _) in (("into", into), ("out_of", out_of)):
+        if weight.dtype != rows.dtype:
+            raise TypeError(f"{name} must be {rows.dtype} for x of {x.dtype}, got {weight.dtype}")
+    if mask is not None:
+        # NaN times a gradient of 0 would reach the weights.
+        rows = torch.where(mask_of_rows(mask, x).reshape(-1, 1), rows, 0)
     # Codes are those of the rows' own precision, whatever autocast makes of the layers around.
     with torch.autocast(x.device.type, enabled=False):
         z, coupling, back = _narrow(rows, into, out_of, stages, grad)
@@ -141,18 +148,18 @@ class Coupled(torch.autograd.Function):
         n, stages = codes.shape[1:]
         narrow = tables.shape[-1]
 
-        def by_stage(of_rows):
-            return of_rows.view(n, stages, -1).transpose(0, 1)
+        def by_stage(of_rows, width):
+            return of_rows.view(n, stages, width).transpose(0, 1)
 
         d_z, d_tables = torch.zeros_like(z), None
         if d_taken is not None:
             d_z = d_taken * (codes >= 0).to(z.dtype).repeat_interleave(narrow, -1)
         if d_error is not None:
             # Each stage is a quantizer of its own here, of rows that are known.
-            seen = by_stage((z - taken @ coupling)[0]).contiguous()
+            seen = by_stage((z - taken @ coupling)[0], narrow).contiguous()
             of_stage = tables[0, :stages].expand(stages, *tables.shape[2:])[:, None]
             slope, d_tables = rvq_autograd.gradient(
-                by_stage(d_error[0]), seen, by_stage(codes[0]), of_stage, True, True
+                by_stage(d_error[0], 1), seen, by_stage(codes[0], 1), of_stage, True, True
             )
             d_z = d_z + slope.transpose(0, 1).reshape_as(z)
             d_tables = d_tables.transpose(0, 1)

@@ -26,8 +26,8 @@ def beam_codes(call, beam: int) -> Tensor:
         code = code.view(groups, n, kept * k).gather(-1, order)
         parent = order // k
         codes = torch.cat([_taken(codes, parent), code[..., None]], -1)
-        of_code = rvq_autograd.decode(code.reshape(groups, -1, 1), table)
-        residual = _taken(residual, parent) - of_code.view(groups, n, -1, width)
+        of_code = rvq_autograd.decode(code.view(groups, n * code.shape[-1], 1), table)
+        residual = _taken(residual, parent) - of_code.view(*code.shape, width)
         last = codes[:, :, 0]
         deep = torch.ones_like(last[..., :1], dtype=torch.bool)
         if call.depth is not None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rows import check_floats, depth_of_rows, mask_of_rows
 from .rvq import ResidualCodes
 
 FORMS = ("offset", "symmetric")
@@ -75,8 +76,8 @@ def fsq(
         >>> found.out, found.codes
         (tensor([[-1.,  0.,  1.]]), tensor([176]))
     """
-    _one_of("form", form, FORMS)
-    _one_of("bound", bound, BOUNDS)
+    one_of("form", form, FORMS)
+    one_of("bound", bound, BOUNDS)
     levels = _levels(levels, x, form)
     wide, rows, fill = _rows(x, mask)
     soft, index = _rounded(wide, levels, form, bound)
@@ -95,7 +96,7 @@ def fsq_decode(
 
     Raises ValueError as `fsq` does, and on the CPU for codes that there are not.
     """
-    _one_of("form", form, FORMS)
+    one_of("form", form, FORMS)
     levels = _levels(levels, None, form, codes.device)
     steps = levels.cumprod(0)
     _check_codes(codes, steps[-1])
@@ -144,14 +145,14 @@ def residual_fsq(
         >>> torch.equal(ops.residual_fsq_decode(found.codes, [3]), found.out)
         True
     """
-    _one_of("grad", grad, GRADIENTS)
+    one_of("grad", grad, GRADIENTS)
     levels = _levels(levels, x, "symmetric")
     if operator.index(stages) < 1:
         raise ValueError(f"there must be one stage or more, got {stages}")
     wide, rows, fill = _rows(x, mask)
     depth = None
     if isinstance(num_quantizers, Tensor):
-        depth = _of_rows("num_quantizers", num_quantizers, x)
+        depth = depth_of_rows(num_quantizers, x, stages)
         rows, fill = rows & (depth > 0), fill.masked_fill(depth < 1, 0)
     elif num_quantizers is not None:
         if not 1 <= num_quantizers <= stages:
@@ -295,8 +296,7 @@ def _coded(value, soft, index, weights, rows, fill) -> ScalarCodes:
 def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x in float32 or float64 with zeros for what is not quantized; which rows are; and the value
     of those that are not: 0 of masked ones, else NaN."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {getattr(x, 'dtype', type(x))}")
+    check_floats(x)
     if x.dim() < 1:
         raise ValueError("x must be [..., d], got a number")
     finite = x.isfinite().all(-1)
@@ -305,20 +305,9 @@ def _rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if mask is None:
         rows = finite
     else:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        mask = _of_rows("mask", mask, x)
+        mask = mask_of_rows(mask, x)
         rows, fill = finite & mask, fill.masked_fill(~mask, 0)
     return torch.where(rows[..., None], wide, 0.0), rows, fill
-
-
-def _of_rows(name: str, given: Tensor, x: Tensor) -> Tensor:
-    try:
-        return given.expand(x.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            f"{name} must have the rows' shape {tuple(x.shape[:-1])}, got {tuple(given.shape)}"
-        ) from None
 
 
 def check_levels(levels: Sequence[int], form: str) -> tuple[int, ...]:
@@ -371,6 +360,7 @@ def _check_codes(codes: Tensor, size: Tensor, last: bool = False) -> None:
         )
 
 
-def _one_of(name: str, given: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, given: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError for a word that is not known."""
     if given not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
