@@ -247,6 +247,25 @@ def test_moshis_own_names():
             "lucidrains",
             "tables of 2 heads",
         ),
+        ({"layers.0.codebook.embed_sum": torch.zeros(4, 3)}, "mimi", "no 'cluster_usage'"),
+        ({"quantizers.0.codebook.weight": torch.zeros(4, 3)}, "dac", "no 'in_proj.weight'"),
+        (
+            {
+                "quantizers.0.codebook.weight": torch.zeros(4, 3),
+                "quantizers.0.in_proj.weight": torch.zeros(3, 8, 1),
+            },
+            "dac",
+            "no 'in_proj.bias'",
+        ),
+        (
+            {
+                "layers.0.codebook.embed": torch.zeros(4, 3),
+                "layers.0.codebook.cluster_size": torch.zeros(4),
+                "layers.1.codebook.embed": torch.zeros(4, 3),
+            },
+            "encodec",
+            "some lack their counts",
+        ),
     ],
 )
 def test_what_is_refused(state, layout, message):

@@ -92,6 +92,12 @@ def _one(stage: dict[str, Tensor], pattern: str) -> Tensor | None:
     return next((_wide(t) for name, t in stage.items() if re.fullmatch(pattern, name)), None)
 
 
+def _needed(stage: dict[str, Tensor], name: str) -> Tensor:
+    if name not in stage:
+        raise ValueError(f"a stage of this state has no {name!r}, but {', '.join(sorted(stage))}")
+    return _wide(stage[name])
+
+
 def _averaged(stage: dict[str, Tensor]) -> dict[str, Tensor]:
     """A table with its counts and sums."""
     names = {"tables": "embed", "counts": "cluster_size", "sums": "embed_avg"}
@@ -107,11 +113,15 @@ def _averaged(stage: dict[str, Tensor]) -> dict[str, Tensor]:
 def _mimi(stage: dict[str, Tensor]) -> dict[str, Tensor]:
     sums = _one(stage, r"_?codebook\.embed(?:ding)?_sum")
     counts = _one(stage, r"_?codebook\.cluster_usage")
+    if counts is None:
+        raise ValueError("a stage of this state has sums of codes, but no 'cluster_usage'")
     return {"tables": sums / counts.clamp(min=1e-5)[:, None], "counts": counts, "sums": sums}
 
 
 def _stacked(groups: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Tensors [G, Q, ...] of each stage's."""
+    if len({tuple(sorted(stage)) for group in groups for stage in group}) > 1:
+        raise ValueError("all stages must have the same tensors: some lack their counts or sums")
     shapes = {tuple(stage["tables"].shape) for group in groups for stage in group}
     if len(shapes) > 1:
         raise ValueError(f"all stages must have as many codes of one width, got {sorted(shapes)}")
@@ -146,7 +156,7 @@ def _dac(stages: list[dict[str, Tensor]]) -> Read:
         of_stage = {"tables": _wide(stage["codebook.weight"])}
         for ours, theirs in (("into", "in_proj"), ("out_of", "out_proj")):
             of_stage[f"{ours}_weight"] = _folded(stage, theirs).flatten(1)
-            of_stage[f"{ours}_bias"] = _wide(stage[f"{theirs}.bias"])
+            of_stage[f"{ours}_bias"] = _needed(stage, f"{theirs}.bias")
         found.append(of_stage)
     tensors = {name: value[0] for name, value in _stacked([found]).items()}
     tensors["tables"] = tensors["tables"][None]
@@ -166,5 +176,5 @@ def _folded(stage: dict[str, Tensor], name: str) -> Tensor:
         ("parametrizations.weight.original0", "parametrizations.weight.original1"),
     ):
         if f"{name}.{g}" in stage:
-            return torch._weight_norm(_wide(stage[f"{name}.{v}"]), _wide(stage[f"{name}.{g}"]), 0)
-    return _wide(stage[f"{name}.weight"])
+            return torch._weight_norm(_needed(stage, f"{name}.{v}"), _wide(stage[f"{name}.{g}"]), 0)
+    return _needed(stage, f"{name}.weight")
