@@ -120,6 +120,14 @@ class TestDeadCodes:
         codes = module(x).codes
         assert (module.codebooks[:count, 5] - replaced).abs().max() < 10
 
+    @pytest.mark.parametrize("update", ["ema", "gradient"])
+    def test_they_wait_for_a_row(self, update):
+        module = quantizer(update=update, dead_code_threshold=0.5)
+        module(rows(2, 60, 8))
+        before = module.tables.clone()
+        module(rows(2, 60, 8)[:0])
+        torch.testing.assert_close(module.tables, before)
+
     @pytest.mark.parametrize("size", [1, 50])
     def test_the_threshold_is_a_share_of_the_mean(self, size):
         module = quantizer(dead_code_threshold=0.5, decay=0.0)

@@ -55,10 +55,11 @@ class Ranks:
         here = min(count, keys.shape[1])
         low = keys.topk(here, -1, largest=False, sorted=True)
         low, taken = low.values, rows(low.indices)
-        if self.many:
-            missing = count - here
+        missing = count - here
+        if missing:
             low = torch.nn.functional.pad(low, (0, missing), value=math.inf)
             taken = torch.nn.functional.pad(taken, (0, 0, 0, missing))
+        if self.many:
             all_low = [torch.empty_like(low) for _ in range(dist.get_world_size())]
             all_taken = [torch.empty_like(taken) for _ in all_low]
             dist.all_gather(all_low, low.contiguous())
