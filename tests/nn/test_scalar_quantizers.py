@@ -171,6 +171,14 @@ def test_signal_to_noise():
 # FSQ ----------------------------------------------------------------------------------------------
 
 
+def test_narrower_rows_go_through_wider_layers():
+    for module in (FSQ([8] * 3, 4), ResidualFSQ([8] * 3, 2, 4), LFQ(3, 4)):
+        x = X.bfloat16()
+        found, wide = module(x), module(x.float())
+        assert found.out.dtype == torch.bfloat16
+        assert torch.equal(found.codes, wide.codes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("levels", [[2] * 10, [8, 5, 5, 5], [2, 3, 64]])
 def test_every_code_comes_back(levels, dtype):
@@ -382,12 +390,14 @@ X = rows(2, 5, 4)
         (lambda: FSQ([8], num_codebooks=0), ValueError, "num_codebooks must be 1 or more, got 0"),
         (lambda: FSQ([8], 0), ValueError, "dim must be 1 or more, got 0"),
         (lambda: FSQ([8] * 3)(X), ValueError, r"x must be \[..., 3\], got \(2, 5, 4\)"),
-        (lambda: FSQ([8] * 4)(X, torch.ones(2, 5)), ValueError, "mask must be bool"),
+        (lambda: FSQ([8] * 4)(X, torch.ones(2, 5)), TypeError, "mask must be bool"),
         (
             lambda: FSQ([8] * 4)(X, torch.ones(5, dtype=torch.bool)),
             ValueError,
-            r"mask must be bool \(2, 5\)",
+            r"mask must have the rows. shape \(2, 5\)",
         ),
+        (lambda: FSQ([8] * 3, 4)(X.double()), TypeError, "x is torch.float64 and the layers are"),
+        (lambda: FSQ([8] * 3, 4)(X.long()), TypeError, "x is torch.int64 and the layers are"),
         (lambda: FSQ([8] * 4).decode(torch.tensor(4096)), ValueError, "from -1 to 4095"),
         (
             lambda: FSQ([8], num_codebooks=2).decode(torch.zeros(3, dtype=torch.int64)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stillhouse.ops.rows import mask_of_rows
+
 
 class ProjectedQuantizer(nn.Module):
     """Linear layers from a model's width to a quantizer's and back, none where they are equal."""
@@ -25,13 +27,20 @@ class ProjectedQuantizer(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [..., {self.dim}], got {tuple(x.shape)}")
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+            if mask.shape != x.shape[:-1]:
                 raise ValueError(
-                    f"mask must be bool {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}"
+                    f"mask must have the rows' shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}"
                 )
             # NaN times a gradient of 0 would reach the weights.
-            x = torch.where(mask[..., None], x, 0)
-        return self.project_in(x)
+            x = torch.where(mask_of_rows(mask, x)[..., None], x, 0)
+        if isinstance(self.project_in, nn.Identity):
+            return x
+        weight = self.project_in.weight
+        if not x.is_floating_point() or (x.dtype == torch.float64) != (
+            weight.dtype == torch.float64
+        ):
+            raise TypeError(f"x is {x.dtype} and the layers are {weight.dtype}")
+        return self.project_in(x.to(weight.dtype))
 
     def _outside(self, found: Tensor, x: Tensor | None, mask: Tensor | None = None) -> Tensor:
         if isinstance(self.project_out, nn.Linear):
