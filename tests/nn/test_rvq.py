@@ -117,9 +117,11 @@ def test_what_is_masked_does_not_matter(kind, training):
             module = quantizer(kmeans_init=True, dead_code_threshold=0.2).train(training)
         given = torch.where(mask[..., None], x, x * 0 + noise).requires_grad_()
         result = module(given, mask=mask)
-        (result.out[mask].square().sum() + result.commit_loss.sum()).backward()
+        (result.out.square().sum() + result.out.sum() + result.commit_loss.sum()).backward()
         state = {k: v for k, v in module.state_dict().items() if torch.is_tensor(v)}
-        found.append([*result, given.grad[mask], *state.values()])
+        of_maps = [each.grad for each in module.parameters()]
+        found.append([*result, given.grad, *of_maps, *state.values()])
+        assert (given.grad[~mask] == 0).all()
         assert (result.codes[~mask] == -1).all()
         assert (result.out[~mask] == 0).all()
         assert result.commit_loss.isfinite().all()
@@ -295,12 +297,20 @@ def test_a_state_goes_round(kind, tmp_path):
         ({"quantizer_dropout": 1.5}, "quantizer_dropout <= 1"),
         ({"dead_code_threshold": 2.0}, "dead_code_threshold is a share"),
         ({"kmeans_iterations": 0}, "must be positive"),
+        ({"seed": 2**63}, "seed must fit int64"),
         ({"update": "gradient", "commitment_weight": 0.0}, "not 0 where tables learn"),
     ],
 )
 def test_options_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         quantizer(**options)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 5, 4), (2, 5, 3)])
+def test_latents_of_other_shapes_are_refused(shape):
+    module = GroupedResidualVQ(8, 16, 3, groups=2, kmeans_init=False)
+    with pytest.raises(ValueError, match="latents must be"):
+        module.from_latents(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -314,6 +324,12 @@ def test_options_that_are_refused(options, message):
         (lambda m, x: m(x, num_quantizers=5), ValueError, "from 1 to 4, the number of codebooks"),
         (lambda m, x: m.encode(x, 5), ValueError, "from 1 to 4, the number of codebooks"),
         (lambda m, x: m(x, num_quantizers=torch.ones(9)), ValueError, "of items or rows"),
+        (
+            lambda m, x: m(x, num_quantizers=torch.tensor([4, 5])),
+            ValueError,
+            "num_quantizers must be from 0 to 4, got 4 to 5",
+        ),
+        (lambda m, x: m(x.sum()), ValueError, r"x must be \[..., 12\], got \(\)"),
         (lambda m, x: m(x, mask=torch.ones(2, 9)), TypeError, "mask must be bool"),
         (lambda m, x: m(x, mask=torch.ones(9, 2).bool()), ValueError, "mask must be of items"),
         (lambda m, x: m.decode(torch.zeros(3, 5).long()), ValueError, "Q from 1 to 4"),

@@ -71,6 +71,8 @@ class Options:
             self._check_stages()
 
     def _check_numbers(self):
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit int64, got {self.seed}")
         if self.codebook_dim < 1 or self.kmeans_iterations < 1:
             raise ValueError(
                 "codebook_dim and kmeans_iterations must be positive, got "

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from stillhouse import ops
 from stillhouse.nn.quantizer_state import QuantizerState
 from stillhouse.ops import divergence_autograd, rvq_autograd
+from stillhouse.ops.rows import check_depth
 
 
 class Quantized(NamedTuple):
@@ -103,15 +104,18 @@ class QuantizerSearch(QuantizerState):
             codes, out, error = self._found(self._rows(x), stages, want_out=True)
         return self._result(x.shape, x.dtype, None, codes, out, error)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """[G, N, d] in the tables' space; with projections of each stage [1, N, D]."""
-        if x.shape[-1] != self.dim:
+    def _rows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[G, N, d] in the tables' space; with projections of each stage [1, N, D]. mask [N]."""
+        if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [..., {self.dim}], got {tuple(x.shape)}")
         if not x.is_floating_point() or (x.dtype is torch.float64) != (
             self.tables.dtype is torch.float64
         ):
             raise TypeError(f"x is {x.dtype} and the tables are {self.tables.dtype}")
         rows = x.reshape(1, -1, self.dim)
+        if mask is not None and self.projection == "shared":
+            # NaN times a gradient of 0 would reach the weights.
+            rows = torch.where(mask[:, None], rows, 0)
         if self.grouped:
             rows = rows.view(-1, self.groups, self.dim // self.groups).transpose(0, 1)
         return _map(rows, self.into_weight, self.into_bias) if self.projection == "shared" else rows
@@ -145,6 +149,7 @@ class QuantizerSearch(QuantizerState):
         self._check_stages(depth)
         if isinstance(depth, Tensor):
             depth = self._of_rows("num_quantizers", depth, leading)
+            check_depth(depth, self.num_quantizers)
         return self._of_rows("mask", mask, leading), depth
 
     def _check_stages(self, given: int | Tensor | None) -> None:

@@ -56,8 +56,8 @@ class ResidualVQ(QuantizerSearch):
     Tables and their statistics stay float32 when the module is cast to a narrower type, and out
     comes in x's type. `torch.compile(fullgraph=True)` takes a step whole from the first one on.
 
-    Raises ValueError for options, widths, masks and depths that do not fit, TypeError for x of
-    another dtype.
+    Raises ValueError for options, widths, masks and depths that do not fit (on an accelerator a
+    tensor's depths count up to Q, unchecked), TypeError for x, masks or depths of another dtype.
 
     Sources: SoundStream (arXiv 2107.03312), algorithm 1; means as in VQ-VAE (1711.00937, appendix
     A.1). EnCodec and vector-quantize-pytorch smooth counts as (c + eps) / (sum c + K eps), which
@@ -141,8 +141,9 @@ class ResidualVQ(QuantizerSearch):
         depth, learns = num_quantizers, self.training or torch.is_grad_enabled()
         if not learns and mask is None and not isinstance(depth, Tensor):
             return self._frames(x, depth)
-        rows, leading = self._rows(x), x.shape[:-1]
+        leading = x.shape[:-1]
         mask, depth = self._checked(leading, mask, depth)
+        rows = self._rows(x, mask)
         if self.training:
             found = self._learn(rows, leading, mask, depth)
         else:
@@ -154,7 +155,8 @@ class ResidualVQ(QuantizerSearch):
         self, x: Tensor, num_quantizers: int | Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The codes of x, int64 [..., Q]; nothing is learnt. Arguments as of a call."""
-        rows, leading = self._rows(x), x.shape[:-1]
+        leading = x.shape[:-1]
+        rows = self._rows(x)
         if mask is None and not isinstance(num_quantizers, Tensor):
             codes = self._found(rows, num_quantizers, want_out=False)[0]
         else:
@@ -165,8 +167,8 @@ class ResidualVQ(QuantizerSearch):
     def decode(self, codes: Tensor) -> Tensor:
         """[..., D] of codes int64 [..., Q], -1 = none; Q may be less than there are stages.
 
-        Raises ValueError for more stages than there are, and on the CPU for codes that are not in
-        a table.
+        Raises ValueError for more stages than there are, TypeError for codes that are not integers,
+        and on the CPU RuntimeError for codes that are not in a table.
         """
         given = codes if self.grouped else codes[None]
         stages = given.shape[-1]
@@ -186,8 +188,13 @@ class ResidualVQ(QuantizerSearch):
         """Quantizes what is in the space of the tables already; nothing is learnt.
 
         latents: [..., d], or [G, ..., d]; with projections of each stage [..., n d], what n stages
-        are given (the Descript Audio Codec's latents). Raises ValueError for another width.
+        are given (the Descript Audio Codec's latents). Raises ValueError for another shape.
         """
+        if self.grouped and (latents.dim() < 2 or len(latents) != self.groups):
+            raise ValueError(
+                f"latents must be [{self.groups}, ..., {self.codebook_dim}], got "
+                f"{tuple(latents.shape)}"
+            )
         d, per_stage = self.codebook_dim, self.projection == "per_stage"
         stages, rest = divmod(latents.shape[-1], d)
         if rest or not 1 <= stages <= (self.num_quantizers if per_stage else 1):
