@@ -214,6 +214,8 @@ def test_what_cannot_be_aligned(reader):
         with pytest.raises(ValueError, match=message):
             _installed(speech.align, wave, text)
     assert speech.align(wave, reader[1].text).words
+    with pytest.raises(ValueError, match=r"expected float samples \[S\]"):
+        speech.align(wave[None], "the")
 
 
 def test_log_mel_as_transformers_computes_it():

@@ -248,6 +248,13 @@ def test_weights_are_drawn_from_the_seed_alone():
     [
         (lambda: DiscriminatorConfig(periods=(), scales=0, windows=()), "no discriminator"),
         (lambda: DiscriminatorConfig(periods=(0,)), "must be positive"),
+        (lambda: DiscriminatorConfig(windows=(1024, 3)), "windows have 4 samples or more"),
+        (
+            lambda: codec_discriminators(DiscriminatorConfig(periods=(30,), scales=0, windows=()))(
+                torch.zeros(1, 14)
+            ),
+            "14 samples are too few for a period of 30",
+        ),
         (lambda: DiscriminatorConfig(scales=-1), "must be positive"),
         (lambda: DiscriminatorConfig(share=0.0), r"share of the channels must be in \(0, 1\]"),
         (

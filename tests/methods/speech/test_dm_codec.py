@@ -329,6 +329,7 @@ def test_the_global_generator_stays(trainer, waves):
         (dict(stages={"speech": 1}), "stages are of speech, teachers are speech, text"),
         (dict(stages={"speech": 1, "text": 5}), "stages are 1 to 4, got 5"),
         (dict(widths={"text": 5}), "widths are of text"),
+        (dict(widths=0), "widths must be at least 1"),
         (dict(weights={"text": 0.0, "speech": 0.0}), "positive sum"),
         (dict(weights={"text": 1.0}), "weights are of text"),
         (dict(teachers={"mel": None}, stages={"mel": 1}), "a teacher cannot be called 'mel'"),

@@ -116,6 +116,15 @@ def test_a_run_of_few_steps(frames, monkeypatch, tmp_path):
     assert ratios[1] == pytest.approx(rows[4]["L1"] / rows[3]["L1"])
 
 
+def test_the_first_stage_is_of_the_tables_that_gave_the_codes(frames):
+    codec = dm_codec.MelCodec(frames.train.mel, 0)
+    codec(frames.train.mel[None])
+    before = codec.quantizer.codebooks[0].clone()
+    _, first, codes, _ = codec(frames.train.mel[None, :50] + 1)
+    assert torch.equal(first, before[codes[..., 0]])
+    assert not torch.equal(codec.quantizer.codebooks[0], before)
+
+
 def test_teachers_teach_by_maps_of_their_own(frames, monkeypatch):
     monkeypatch.setattr(dm_codec, "STEPS", 3)
     for arm, weights in dm_codec.ARMS.items():

@@ -350,6 +350,12 @@ def test_bad_input(tiny, act, message):
     assert "\n" not in str(raised.value)
 
 
+def test_waves_of_other_types_are_refused(tiny):
+    for act in (tiny(), tiny().encode):
+        with pytest.raises(TypeError, match="wave must be a float tensor, got torch.int64"):
+            act(torch.zeros(2, 60).long())
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -358,6 +364,7 @@ def test_bad_input(tiny, act, message):
         (dict(lstm_layers=-1), "lstm_layers must be at least"),
         (dict(strides=()), "strides must be positive"),
         (dict(strides=(2, 0)), "strides must be positive"),
+        (dict(width=1), "a bottleneck of 1 / 2 channels has none"),
         (dict(causal=True), "cannot look both ways"),
         (dict(padding="same"), "padding must be 'reflect' or 'constant'"),
     ],

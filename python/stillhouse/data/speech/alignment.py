@@ -53,9 +53,12 @@ def align(wave: Tensor, text: str) -> Alignment:
 
     The English model and dictionary come in the package pocketsphinx (BSD-2-Clause); a second of
     speech takes some 20 ms. What is found depends on this clip alone.
-    Raises DataUnavailable without the package, ValueError where the text has no words, has words
-    that the dictionary lacks (named), and where the wave has no room for it.
+    Raises DataUnavailable without the package, ValueError for a wave of another shape, where the
+    text has no words, has words that the dictionary lacks (named), and where the wave has no room
+    for it.
     """
+    if wave.ndim != 1 or not wave.is_floating_point():
+        raise ValueError(f"expected float samples [S], got {wave.dtype} {list(wave.shape)}")
     words, decoder = words_of(text), _decoder()
     unknown = [word for word in words if decoder.lookup_word(word) is None]
     if unknown or not words:

@@ -18,8 +18,8 @@ class CodecConfig:
     bidirectional: the encoder's LSTM looks both ways, and is twice as wide above. causal: no sample
     depends on a later one; with padding "reflect" the first few frames do. padding: "reflect" or
     "constant" (zeros). decay, dead_code_threshold: of the tables, as `nn.ResidualVQ` has them.
-    Raises ValueError for sizes below 1, strides that are not, a causal codec whose LSTM looks
-    ahead, and another padding.
+    Raises ValueError for sizes below 1, strides that are not, a bottleneck without a channel, a
+    causal codec whose LSTM looks ahead, and another padding.
 
     Defaults: the paper's, whose released configuration these are (SpeechTokenizer's): 16 kHz, 50
     frames a second, 8 stages of 1024 codes, 4 kbit/s. Its replacement of dead codes has no effect
@@ -61,6 +61,8 @@ class CodecConfig:
                 raise ValueError(f"{field.name} must be at least 1, got {number}")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive, got {self.strides}")
+        if self.residual_units and self.width < self.compress:
+            raise ValueError(f"a bottleneck of {self.width} / {self.compress} channels has none")
         if self.causal and self.bidirectional and self.lstm_layers:
             raise ValueError("a causal codec cannot look both ways: pass bidirectional=False")
         if self.padding not in ("reflect", "constant"):

@@ -82,6 +82,8 @@ class MultiTeacherCodecDistiller:
                     f"{what} are of {', '.join(given) or 'no teacher'}, teachers are "
                     f"{', '.join(names) or 'none'}"
                 )
+        if min(widths.values(), default=1) < 1:
+            raise ValueError(f"widths must be at least 1, got {dict(widths)}")
         for stage in stages.values():
             stage_range(stage, codec.config.num_quantizers)
         if total_steps is not None and total_steps < 1:

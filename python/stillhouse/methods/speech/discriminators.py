@@ -19,7 +19,8 @@ class DiscriminatorConfig:
     periods: a discriminator each of the wave folded into columns. scales: as many, of the wave and
     of its halves. share: of the published channels of these two. windows: a discriminator each of
     spectra with such a window, with `filters` channels.
-    Raises ValueError where there is none, and for numbers below 1 or a share outside (0, 1].
+    Raises ValueError where there is none, for windows below 4, other numbers below 1 and a share
+    outside (0, 1].
 
     Defaults: the released trainer's, five periods and three scales (HiFi-GAN's, arXiv 2010.05646)
     and five spectra (EnCodec's, arXiv 2210.13438). `small()` is ours: three spectra, two periods.
@@ -43,6 +44,8 @@ class DiscriminatorConfig:
             raise ValueError("no discriminator: periods, scales or windows are needed")
         if min([*self.periods, *self.windows, self.filters], default=1) < 1 or self.scales < 0:
             raise ValueError(f"periods, windows and filters must be positive, got {self}")
+        if min(self.windows, default=4) < 4:
+            raise ValueError(f"windows have 4 samples or more, got {self.windows}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share of the channels must be in (0, 1], got {self.share}")
 
@@ -81,7 +84,8 @@ def codec_discriminators(
     member for each: `scores`, high = real, and `features`, layer by layer (with the score itself at
     the end, those of spectra aside, as in the released code). Weights are drawn from `seed`.
 
-    Raises ValueError for a wave of another shape or shorter than the longest window.
+    Raises ValueError for a wave of another shape, shorter than the longest window or too short to
+    be reflected up to a period.
 
     Defaults: `DiscriminatorConfig`'s, 13 of them with 71M parameters.
 
@@ -119,7 +123,10 @@ class ByPeriod(nn.Module):
         self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, wave: Tensor) -> tuple[Tensor, list[Tensor]]:
-        wave = pad(wave, (0, -wave.shape[-1] % self.period), "reflect")
+        missing = -wave.shape[-1] % self.period
+        if missing >= wave.shape[-1]:
+            raise ValueError(f"{wave.shape[-1]} samples are too few for a period of {self.period}")
+        wave = pad(wave, (0, missing), "reflect")
         return _through(self, wave.unflatten(-1, (-1, self.period)), 0.1)
 
 

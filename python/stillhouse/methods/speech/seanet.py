@@ -42,7 +42,8 @@ class SpeechCodec(nn.Module):
     tables begin from `seed`.
     `encode(wave)` gives codes [B, T, Q], `decode(codes)` of any first stages audio [B, T hop].
     Raises ValueError for a wave of another shape, shorter than a hop or at another `sample_rate`,
-    for a number of quantizers or a stage that does not exist, and codes of another shape.
+    for a number of quantizers or a stage that does not exist, and codes of another shape;
+    TypeError for a wave that is not of floats.
 
     Defaults: `CodecConfig`'s, the released model's. No tanh at the end, as there.
 
@@ -129,6 +130,8 @@ class SpeechCodec(nn.Module):
         config = self.config
         if wave.dim() != 2:
             raise ValueError(f"wave must be [B, S], got {tuple(wave.shape)}")
+        if not wave.is_floating_point():
+            raise TypeError(f"wave must be a float tensor, got {wave.dtype}")
         if sample_rate is not None and sample_rate != config.sample_rate:
             raise ValueError(
                 f"the wave is at {sample_rate} Hz, the codec at {config.sample_rate}: resample it"
