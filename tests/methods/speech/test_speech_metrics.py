@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import sys
 
 import pytest
 import torch
@@ -125,3 +126,30 @@ def test_codes_that_cannot_be_compared():
             measure(good, -good)
         with pytest.raises(ValueError, match="at least one"):
             measure(good[:0], good[:0])
+
+
+def test_pesq():
+    """P.862.2 and P.862.1 map a perfect score of 4.5 to these."""
+    pytest.importorskip("pesq")
+    generator = torch.Generator().manual_seed(0)
+    wave = 0.1 * torch.randn(32_000, generator=generator)
+    assert metrics.pesq(wave, wave, 16_000) == pytest.approx(4.644, abs=1e-3)
+    assert metrics.pesq(wave, wave, 16_000, band="narrow") == pytest.approx(4.549, abs=1e-3)
+    noise = 0.1 * torch.randn(32_000, generator=generator)
+    scores = [metrics.pesq(wave + share * noise, wave, 16_000) for share in (0, 0.1, 1)]
+    assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ValueError, match="PESQ finds nothing"):
+        metrics.pesq(torch.zeros(32_000), torch.zeros(32_000), 16_000)
+
+
+def test_what_pesq_refuses():
+    wave = torch.zeros(100)
+    for options in (dict(sample_rate=8_000), dict(sample_rate=16_000, band="full")):
+        with pytest.raises(ValueError, match="band is 'wide' at 16000 Hz"):
+            metrics.pesq(wave, wave, **options)
+
+
+def test_packages_that_are_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(ImportError, match="jiwer is not installed: pip install"):
+        wer("a", "a")

@@ -13,7 +13,7 @@ from stillhouse.methods.speech.dm_codec import (
     feature_axis_distillation,
 )
 from stillhouse.methods.speech.mel import log_mel
-from stillhouse.methods.speech.metrics import phone_purity, pnmi, stoi, wer, wil
+from stillhouse.methods.speech.metrics import pesq, phone_purity, pnmi, stoi, wer, wil
 
 __all__ = [
     "CodecConfig",
@@ -27,6 +27,7 @@ __all__ = [
     "dm_codec_loss",
     "feature_axis_distillation",
     "log_mel",
+    "pesq",
     "phone_purity",
     "pnmi",
     "stoi",

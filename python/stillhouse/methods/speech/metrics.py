@@ -1,12 +1,14 @@
 """How much of the words, of the sound and of the phones is left: the measures of the speech papers.
 
-Words by jiwer, intelligibility by pystoi (`pip install 'stillhouse[speech]'`), the rest here.
+Words by jiwer, intelligibility by pystoi (`pip install 'stillhouse[speech]'`), perceived quality by
+pesq, if that is installed; the rest here.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -26,9 +28,7 @@ def wer(hypothesis: str | Sequence[str], reference: str | Sequence[str]) -> floa
         >>> wer("a x c d e", reference="a b c d")
         0.5
     """
-    import jiwer
-
-    return float(jiwer.wer(*_pair(hypothesis, reference)))
+    return float(_package("jiwer").wer(*_pair(hypothesis, reference)))
 
 
 def wil(hypothesis: str | Sequence[str], reference: str | Sequence[str]) -> float:
@@ -40,9 +40,7 @@ def wil(hypothesis: str | Sequence[str], reference: str | Sequence[str]) -> floa
         >>> round(wil("a x c d e", reference="a b c d"), 6)
         0.55
     """
-    import jiwer
-
-    return float(jiwer.wil(*_pair(hypothesis, reference)))
+    return float(_package("jiwer").wil(*_pair(hypothesis, reference)))
 
 
 def _pair(hypothesis, reference) -> tuple[list[str], list[str]]:
@@ -69,13 +67,7 @@ def stoi(estimate: Tensor, reference: Tensor, sample_rate: int, *, extended: boo
         >>> round(stoi(wave, wave, 16000), 4)
         1.0
     """
-    from pystoi import stoi as measure
-
-    if estimate.shape != reference.shape or reference.ndim != 1:
-        raise ValueError(
-            f"expected two waves [S], got {list(estimate.shape)} and {list(reference.shape)}"
-        )
-    waves = [each.detach().double().numpy() for each in (reference, estimate)]
+    measure, waves = _package("pystoi").stoi, _waves(estimate, reference)
     seconds = len(reference) / sample_rate
     try:
         if seconds < SHORTEST:
@@ -88,6 +80,43 @@ def stoi(estimate: Tensor, reference: Tensor, sample_rate: int, *, extended: boo
         raise ValueError(
             f"too little speech in {seconds:.2f} s: STOI needs {SHORTEST} s of it"
         ) from None
+
+
+def pesq(estimate: Tensor, reference: Tensor, sample_rate: int, *, band: str = "wide") -> float:
+    """Perceptual evaluation of speech quality, MOS-LQO, about 1 to 4.6 (ITU-T P.862).
+
+    estimate, reference: float [S] in [-1, 1] on the CPU. band: "wide" (P.862.2, 16,000 Hz) or
+    "narrow" (8,000 or 16,000 Hz). The package `pesq` is no part of any extra: it is compiled when
+    it is installed, with Cython.
+    Raises ValueError for shapes, rates and bands that do not fit, and where no speech is found.
+    """
+    rates = {"wide": (16_000,), "narrow": (8_000, 16_000)}
+    if band not in rates or sample_rate not in rates[band]:
+        known = "'wide' at 16000 Hz or 'narrow' at 8000 or 16000"
+        raise ValueError(f"band is {known}, got {band!r} at {sample_rate}")
+    package, waves = _package("pesq", "pip install pesq"), _waves(estimate, reference)
+    if not all(wave.any() for wave in waves):
+        raise ValueError("PESQ finds nothing to compare: a wave is silent")
+    try:
+        return float(package.pesq(sample_rate, *waves, f"{band[0]}b"))
+    except package.PesqError as error:
+        raise ValueError(f"PESQ finds nothing to compare: {error}") from None
+
+
+def _waves(estimate: Tensor, reference: Tensor) -> list:
+    """As arrays, the reference first, as both packages have it."""
+    if estimate.shape != reference.shape or reference.ndim != 1:
+        raise ValueError(
+            f"expected two waves [S], got {list(estimate.shape)} and {list(reference.shape)}"
+        )
+    return [each.detach().double().numpy() for each in (reference, estimate)]
+
+
+def _package(name: str, install: str = "pip install 'stillhouse[speech]'"):
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{name} is not installed: {install}") from error
 
 
 def pnmi(codes: Tensor, phones: Tensor) -> float:

@@ -93,11 +93,15 @@ class MelCodec(nn.Module):
         self.quantizer = ResidualVQ(DIM, CODES, STAGES, decay=DECAY, seed=seed)
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(reconstruction, latent frames, codes [B, T, 4], commitment)"""
+        """(reconstruction, the first stage's codes with a gradient, codes [B, T, 4], commitment)"""
         encoded = self.encoder(((mel - self.mean) / self.scale).mT).mT
+        if self.training:
+            self.quantizer.initialize_(encoded)
+        tables = self.quantizer.codebooks.clone()  # that give the codes: a step moves them
         quantized = self.quantizer(encoded)
+        first = stage_average(encoded, quantized.codes, tables, 1, 1)
         decoded = self.decoder(quantized.out.mT).mT * self.scale + self.mean
-        return decoded, encoded, quantized.codes, quantized.commit_loss.mean()
+        return decoded, first, quantized.codes, quantized.commit_loss.mean()
 
 
 def _train(codec: MelCodec, frames: PromptFrames, weights: Mapping[str, float], seed: int) -> None:
@@ -109,10 +113,9 @@ def _train(codec: MelCodec, frames: PromptFrames, weights: Mapping[str, float], 
     for _ in range(STEPS):
         at = torch.randint(last, (BATCH, 1), generator=generator) + torch.arange(LENGTH)
         mel = frames.train.mel[at]
-        decoded, encoded, codes, commitment = codec(mel)
+        decoded, first, _, commitment = codec(mel)
         loss = (decoded - mel).abs().mean() + COMMIT * commitment
         if weights:
-            first = stage_average(encoded, codes, codec.quantizer.codebooks, 1, 1)
             stages = {name: codec.towards[name](first) for name in weights}
             given = {name: teachers[name][at] for name in weights}
             loss = loss + DISTILL * dm_codec_loss(stages, given, weights)["loss"]
