@@ -306,6 +306,20 @@ def test_options_that_are_refused(options, message):
         quantizer(**options)
 
 
+def test_tables_that_were_written_to_are_read_again():
+    module, x = quantizer().eval(), rows(2, 9, 12)
+    other = rows(*module.tables.shape, seed=7)
+    expected = ops.rvq_encode(x, other[0])
+    with torch.no_grad():
+        before = module(x).codes
+        module.tables.copy_(other)
+        assert (module(x).codes == expected).all()
+        module.tables.data.copy_(quantizer().tables)
+        module.eval()
+        assert (module(x).codes == before).all()
+    assert (before != expected).any()
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 5, 4), (2, 5, 3)])
 def test_latents_of_other_shapes_are_refused(shape):
     module = GroupedResidualVQ(8, 16, 3, groups=2, kmeans_init=False)

@@ -278,6 +278,15 @@ def test_dropped_quantizers(share):
     assert (depths(module.eval(), 2, 50) == 4).all()
 
 
+def test_depths_of_large_seeds():
+    found = [
+        depths(ResidualFSQ([3], 4, quantizer_dropout=1.0, seed=seed), 2, 50)
+        for seed in (5, 2**62, 2**63 + 5)
+    ]
+    assert (found[0] != found[1]).any()
+    assert (found[2] <= 4).all()
+
+
 def test_the_depths_of_a_resumed_run():
     words = dict(quantizer_dropout=0.5, seed=3)
     module, again = (ResidualFSQ([3], 4, **words) for _ in range(2))

@@ -209,7 +209,7 @@ class ResidualFSQ(ProjectedQuantizer):
     def _depths(self, items: int) -> Tensor:
         """int64 [items], of a counter in integers: the same on every device, and compiled."""
         self.draws.add_(1)
-        key = _mixed(self.draws + self.seed * 1_000_003)
+        key = _mixed(self.draws + (self.seed * 1_000_003 & 0xFFFFFFFF))
         item = _mixed(key + torch.arange(items, device=key.device))
         depth = 1 + (_mixed(item) * self.num_quantizers >> 32)
         drawn = item < round(self.quantizer_dropout * 2**32)

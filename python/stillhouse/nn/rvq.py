@@ -54,7 +54,9 @@ class ResidualVQ(QuantizerSearch):
             and the row's number alone.
 
     Tables and their statistics stay float32 when the module is cast to a narrower type, and out
-    comes in x's type. `torch.compile(fullgraph=True)` takes a step whole from the first one on.
+    comes in x's type. In evaluation the tables are kept packed; call `.eval()` again after they
+    were written through `.data`, which torch does not count as a change.
+    `torch.compile(fullgraph=True)` takes a step whole from the first one on.
 
     Raises ValueError for options, widths, masks and depths that do not fit (on an accelerator a
     tensor's depths count up to Q, unchecked), TypeError for x, masks or depths of another dtype.
