@@ -43,7 +43,7 @@ void pack(const Packing<Real>& p, int64_t lo, int64_t hi) {
   const Real none[kTransposed] = {};
   for (int64_t b = lo; b < hi; ++b) {
     const int64_t t = b / blocks, first = b % blocks * kCodes;
-    const int64_t size = p.sizes == nullptr ? p.codes : p.sizes[t];
+    const int64_t size = p.size_of(t);
     const Real* const codes = p.table + (t * p.codes + first) * p.width;
     Real* const block = p.packed + b * block_numbers(p.width);
     Real scale[kCodes];

@@ -106,7 +106,7 @@ __global__ void pack_kernel(Packing<Real> p) {
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const int64_t blocks = code_blocks(p.codes), table = blockIdx.x / blocks;
   const int64_t first = blockIdx.x % blocks * kCodes;
-  const int64_t size = p.sizes == nullptr ? p.codes : p.sizes[table];
+  const int64_t size = p.size_of(table);
   const Real* const codes = p.table + (table * p.codes + first) * p.width;
   Real* const block = p.packed + blockIdx.x * block_numbers(p.width);
   for (int j = warp; j < kCount; j += kFollowWarps) {

@@ -68,6 +68,10 @@ struct Packing {
   const int64_t* sizes;  // codes that count of each table, or null
   int32_t metric;
   Real* packed;
+
+  SH_INLINE int64_t size_of(int64_t table) const {
+    return sizes == nullptr || sizes[table] > codes ? codes : sizes[table];
+  }
 };
 
 // The number of a vector of scores, as wide as a score.

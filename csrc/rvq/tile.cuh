@@ -156,7 +156,7 @@ struct RowTile {
     }
   }
 
-  // The sums of the codes, in the order of the stages.
+  // The sums of the codes, in the order of the stages; what was chosen is there since `settle`.
   __device__ void add_up() const {
     if (q.out == nullptr || q.coupling != nullptr) return;
     for (int r = warp(); r < rows; r += kWarps) {
@@ -190,7 +190,6 @@ struct RowTile {
       __syncthreads();
       settle(stage);
     }
-    __syncthreads();
     add_up();
   }
 };
@@ -235,16 +234,16 @@ struct ChunkStream {
     }
     copy_async_commit();
   }
-  // f(chunk) of each, which is there for all threads.
+  // f(chunk) of each, which is there for all threads. The next is on its way meanwhile, to where all threads
+  // are done with the one before.
   template <class F>
   __device__ void each(F f) const {
     ask(0);
     for (int chunk = 0; chunk < total; ++chunk) {
+      copy_async_wait<0>();
+      __syncthreads();
       ask(chunk + 1);
-      copy_async_wait<1>();
-      __syncthreads();
       f(chunk);
-      __syncthreads();
     }
   }
 };

@@ -292,12 +292,12 @@ def test_metrics_by_hand():
         torch.testing.assert_close(found["dead"][stage], (share < 0.1 / 16).float().mean())
         after = left - tables[stage][code]
         snr = 10 * torch.log10(x.square().sum() / after.square().sum())
-        torch.testing.assert_close(found["snr"][stage], snr, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found["snr_db"][stage], snr, atol=1e-4, rtol=1e-4)
     per_stage = ResidualVQ(
         8, 16, 3, codebook_dim=2, projection="per_stage", update="gradient", metric="cosine"
     )
     per_stage(x)
-    assert "snr" not in per_stage.metrics()
+    assert "snr_db" not in per_stage.metrics()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ def test_codes_and_outputs(metric, biased, level):
     assert torch.equal(few.codes, codes[:3])
 
 
+@pytest.mark.parametrize("n", [50, 150])
+def test_spaces_that_are_not_narrow(n, level):
+    """Which tensor cores search."""
+    problem_of = dict(n=n, wide=60, narrow=36, k=300, q=2)
+    x, tables, into, out_of = problem(**problem_of, dtype=torch.float32)
+    found = ops.projected_rvq(x, tables, into, out_of)
+    out, codes, _ = written_out(*problem(**problem_of))
+    same = (found.codes == codes).all(-1)
+    assert same.float().mean() > 0.98  # float32 decides near ties as it likes
+    torch.testing.assert_close(found.out[same], out[same].float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_shapes(dtype, level):
     x, tables, into, out_of = problem(n=60, dtype=torch.float32)

@@ -23,7 +23,7 @@ TESTS = {
     ),
     "rvq": (
         "simt and (tensor_cores or room_for or brute_force and shape1 and dtype0 or nearest_of "
-        "or draws_are or codes_and_outputs or along_codes)",
+        "or draws_are or codes_and_outputs or not_narrow or along_codes)",
         [
             "tests/ops/test_rvq.py",
             "tests/ops/test_rvq_search.py",

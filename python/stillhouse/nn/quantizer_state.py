@@ -132,8 +132,8 @@ class QuantizerState(nn.Module):
 
         entropy of the codes in nats, perplexity (e^entropy, at most K), dead (the share of codes
         used less than `dead_code_threshold` times the mean, or a tenth of it where that is 0) and
-        snr in dB: rows in the tables' space against what the stage leaves of them. A shared table
-        has one entropy; projections of each stage have no snr.
+        snr_db: rows in the tables' space against what the stage leaves of them. A shared table
+        has one entropy; projections of each stage have no snr_db.
         """
         rare = self.dead_code_threshold or 0.1
         total = self.counts.sum(-1, keepdim=True)
@@ -146,7 +146,7 @@ class QuantizerState(nn.Module):
         }
         if self.projection != "per_stage":
             signal, noise = self.energy.unbind(1)
-            found["snr"] = 10 * torch.log10(signal / noise)
+            found["snr_db"] = 10 * torch.log10(signal / noise)
         return {name: self._ungrouped(value) for name, value in found.items()}
 
     def _ungrouped(self, found: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ def rvq_encode(
         position: int64 [...] of rows, their numbers in x if None.
 
     Returns:
-        int64 [..., Q], -1 beyond a row's depth and in rows that are not finite. Of equally near
-        codes the lowest. A row's codes do not depend on the rows beside it, nor on threads.
+        int64 [..., Q], -1 beyond a row's depth and in rows that are not finite, or whose scores
+        r c - |c|^2 / 2 are not. Of equally near codes the lowest. A row's codes do not depend on
+        the rows beside it, nor on threads.
 
     Raises:
         ValueError: shapes, ranges or devices that do not fit, more quantizers than tables, draws

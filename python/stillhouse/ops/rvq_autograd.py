@@ -160,15 +160,17 @@ class Quantize(torch.autograd.Function):
                 # A row without a stage is 0, whatever it was.
                 d_x = torch.where(codes[..., :1] >= 0, d_x, 0)
         if d_error is not None:
-            to_x = d_error
-            if ctx.mode == "encodec":
+            words = x, codes, tables
+            if ctx.mode == "encodec" and of_x:
                 # Later residuals are of a straight-through output: their derivative to x is 0.
-                to_x = torch.cat([d_error[..., :1], torch.zeros_like(d_error[..., 1:])], -1)
+                first = torch.cat([d_error[..., :1], torch.zeros_like(d_error[..., 1:])], -1)
+                added, _ = gradient(first, *words, True, False)
+                _, d_tables = gradient(d_error, *words, False, of_tables)
+            else:
+                added, d_tables = gradient(d_error, *words, of_x, of_tables)
             if of_x:
-                added, _ = gradient(to_x, x, codes, tables, True, False)
                 d_x = added if d_x is None else d_x + added
-            if of_tables:
-                _, d_tables = gradient(d_error, x, codes, tables, False, True)
+            d_tables = d_tables if of_tables else None
         return None, None, None if d_x is None else d_x.to(x.dtype), d_tables
 
 
