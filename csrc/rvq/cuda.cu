@@ -40,8 +40,8 @@ bool try_filter(const Quantizer<float>& q, Launcher& launch) {
   return true;
 }
 
-// Tensor cores pay where a code's exact score costs much, and rows fill their tiles. Margins are differences of
-// exact scores.
+// Tensor cores pay where a code's exact score costs much, and rows fill their tiles. Margins are differences
+// of exact scores.
 bool filters(const Quantizer<float>& q, Launcher& launch) {
   if (q.margin != nullptr || q.width < 32 || q.codes < 256) return false;
   return try_filter<2, 4>(q, launch) || try_filter<1, 4>(q, launch) || try_filter<1, 2>(q, launch);

@@ -1,5 +1,5 @@
-// The nearest codes by products of floats or doubles, summed feature by feature as the CPU does: scores, and so
-// codes, are the same.
+// The nearest codes by products of floats or doubles, summed feature by feature as the CPU does: scores, and
+// so codes, are the same.
 #pragma once
 #include "tile.cuh"
 

@@ -1,5 +1,6 @@
 """Quantizers in two processes learn what one does from the joined batch."""
 
+import os
 import subprocess
 import sys
 
@@ -73,7 +74,9 @@ def work(rank, folder):
     quantizer(kmeans_init=False)(batch(0)[0])
     found["calls"] = calls
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads that gloo leaves behind can abort an interpreter that shuts down
 
 
 @pytest.fixture(scope="module")
