@@ -73,7 +73,8 @@ def work(rank, folder):
     dist.all_gather = lambda *a, **k: (calls.append("gather"), gather(*a, **k))[1]
     quantizer(kmeans_init=False)(batch(0)[0])
     found["calls"] = calls
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, f"{folder}/{rank}.part")
+    os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # threads that gloo leaves behind can abort an interpreter that shuts down
@@ -87,11 +88,13 @@ def parts(tmp_path_factory):
     command = [sys.executable, __file__, str(folder)]
     workers = [subprocess.Popen([*command, str(rank)]) for rank in range(WORLD)]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0] * WORLD
+        ends = [worker.wait(timeout=120) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    files = [folder / f"{rank}.pt" for rank in range(WORLD)]
+    assert all(file.exists() for file in files), f"processes ended with {ends}"
+    return [torch.load(file) for file in files]
 
 
 @pytest.mark.parametrize("name", CASES)
