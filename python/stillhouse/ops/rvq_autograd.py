@@ -189,11 +189,11 @@ class Decode(torch.autograd.Function):
         groups, count, size, width = ctx.shape
         stage = torch.arange(codes.shape[-1], device=codes.device).clamp(max=count - 1)
         group = torch.arange(groups, device=codes.device)[:, None, None]
-        place = ((group * count + stage) * size + codes).flatten()
-        rows = d_out[:, :, None].expand(-1, -1, codes.shape[-1], -1).reshape(-1, width)
-        known = (codes >= 0).flatten()
+        place = ((group * count + stage) * size + codes.clamp(min=0)).flatten()
+        # Where there is no code 0 is added: to leave such rows out would make an accelerator wait.
+        rows = torch.where(codes[..., None] >= 0, d_out[:, :, None], 0).reshape(-1, width)
         flat = d_out.new_zeros(groups * count * size, width)
-        return None, flat.index_add_(0, place[known], rows[known]).view(ctx.shape)
+        return None, flat.index_add_(0, place, rows).view(ctx.shape)
 
 
 def _through(mode: str, d_out: Tensor, x: Tensor, tables: Tensor, codes: Tensor, out: Tensor):
