@@ -65,7 +65,8 @@ class DistillArguments:
     )
     student: str | None = _flag(
         "layers:0,1,2 copies these blocks of the teacher, layers:0,1,2@MODEL another's; "
-        "experts:4@STUDENT makes mixtures of 4 experts; else a hub id, folder or .gguf file"
+        "experts:4@STUDENT makes mixtures of 4 experts, fdb:64@STUDENT weights of two bits; else a "
+        "hub id, folder or .gguf file"
     )
     data: str | None = _flag(
         "file or folder: text, JSON lines or Parquet with text, messages or prompt and response; "
