@@ -57,7 +57,8 @@ def entropy_weighted_kd(
     so that a learning rate suits any gamma. temperature divides both sides, no T^2 factor. mask:
     bool [...], True = this row counts; where none does, the loss is 0.
     Returns a float32 scalar (float64 for float64 logits), in nats, or nats to the second power
-    without `normalize`. Raises ValueError for gamma outside [0, 1] and shapes that do not match.
+    without `normalize`. Raises ValueError for gamma outside [0, 1], shapes that do not match and a
+    teacher that requires a gradient.
 
     Defaults: gamma 0.5, normalize (both ours: the paper's numbers are not known).
 
@@ -72,9 +73,11 @@ def entropy_weighted_kd(
         True
     """
     _check_gamma(gamma)
+    if teacher_logits.requires_grad:
+        raise ValueError("the teacher is not trained: detach its logits")
     value, stats = ops.divergence(
         student_logits,
-        teacher_logits.detach(),
+        teacher_logits,
         "soft_cross_entropy",
         temperature=temperature,
         mask=mask,
