@@ -97,7 +97,8 @@ def test_cells_of_normal_weights_at_the_best_scale():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_group_is_worse_for_a_better_method(dtype):
     weight = torch.cat([normal(100, 128), normal(100, 128, seed=1).exp(), normal(9, 128) ** 5])
-    weight = weight.to(dtype)
+    # The last rows are so small that rounding a scale to float16 can undo what it has gained.
+    weight = torch.cat([weight, 3e-7 * normal(100, 128)]).to(dtype)
     errors = [
         group_errors(weight, FDBWeight.from_dense(weight, 32, method)) for method in fdb_fit.METHODS
     ]
@@ -230,7 +231,7 @@ def test_weights_get_the_gradient_of_their_levels_within_a_step(dense):
 def test_the_gradient_through_the_thresholds(sign):
     """By hand, with db1/dt1 = 1, dt1/da = -1/2, db2/dr = -1, r = w - a1 b1 - a2/2."""
     layer = FDBLinear(1, 1, bias=False, group_size=1, gradient="thresholds", train_latent=True)
-    a1, a2, w = sign * 2.0, sign * -1.0, sign * 0.7
+    a1, a2, w = sign * 1.75, sign * -0.75, sign * 0.7
     with torch.no_grad():
         layer.latent.fill_(w)
         layer.initial.copy_(torch.tensor([[[a1]], [[a2]]]))

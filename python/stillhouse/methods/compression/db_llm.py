@@ -73,8 +73,6 @@ def entropy_weighted_kd(
         True
     """
     _check_gamma(gamma)
-    if teacher_logits.requires_grad:
-        raise ValueError("the teacher is not trained: detach its logits")
     value, stats = ops.divergence(
         student_logits,
         teacher_logits,

@@ -4,7 +4,8 @@ much of it do free scales win back from the teacher, and does the weight by entr
 Teacher: a Llama of 4 blocks of width 64, 500 steps. Its 28 linear layers are quantized in groups of
 64: as 2-bit integers (scales from the largest weight), by least squares, and the latter with
 scales that then learn for 100 steps of 12 windows of 128 tokens, from the teacher's distributions
-alone: as they are (KD), and weighted (DAD). That DAD is better is not claimed: here it is not.
+alone: as they are (KD), and weighted (DAD). Which of these two is better is reported without a
+claim.
 The first table has no language in it: groups of 64 normal numbers.
 """
 
