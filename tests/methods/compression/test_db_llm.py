@@ -13,6 +13,7 @@ from stillhouse.methods.compression import (
     freeze_fdb_,
     quantize_fdb_,
 )
+from stillhouse.methods.compression.entropy_weighting import _weights
 from stillhouse.nn import FDBLinear, FDBWeight
 from stillhouse.nn.surgery import train_only
 from stillhouse.train import LogitRows, RowIndex, Stage, Taught, run_stages
@@ -81,8 +82,6 @@ def test_normalised_weights_average_one(logits):
     student, teacher = logits
     mask = torch.arange(10).view(2, 5) % 3 > 0
     _, stats = ops.divergence(student, teacher, "soft_cross_entropy", return_stats=True, mask=mask)
-    from stillhouse.methods.compression.db_llm import _weights
-
     weight = _weights(stats, 0.5, True, mask)
     assert weight[mask].mean().item() == pytest.approx(1)
     assert not weight[~mask].any()
