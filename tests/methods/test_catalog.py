@@ -73,7 +73,8 @@ def test_show_lists_a_domain(capsys):
     printed = capsys.readouterr().out
     assert "dm-codec" in printed
     assert "taid" not in printed
-    with pytest.raises(ValueError, match="no domain 'langage': expected one of language, speech"):
+    expected = "no domain 'langage': expected one of language, speech, compression"
+    with pytest.raises(ValueError, match=expected):
         runner.show(domain="langage")
 
 

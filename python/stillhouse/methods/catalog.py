@@ -231,6 +231,22 @@ METHODS = {
                 "MultiTeacherCodecDistiller",
             ),
         ),
+        Method(
+            id="db-llm",
+            title="Dual-binarized weights and deviation-aware distillation",
+            arxiv="2402.11960",
+            domain="compression",
+            kind="quantized layers, and a logit loss weighted by entropies",
+            kernels=("fdb", "divergence"),
+            names=(
+                "quantize_fdb_",
+                "entropy_weighted_kd",
+                "EntropyWeightedLoss",
+                "save_fdb",
+                "load_fdb",
+            ),
+            objective="EntropyWeightedLoss",
+        ),
     )
 }
 

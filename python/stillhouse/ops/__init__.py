@@ -3,6 +3,7 @@
 from ._library import cpu_level
 from .bit_entropy import CodeEntropy, bsq_entropy, lfq_entropy
 from .divergence import Stats, divergence, divergence_loss
+from .fdb import FDBPacked, fdb_matmul, fdb_pack, fdb_unpack
 from .kinds import (
     DKD,
     JSD,
@@ -72,6 +73,7 @@ __all__ = [
     "CosineLogits",
     "CosineProbs",
     "CrossEntropy",
+    "FDBPacked",
     "ForwardKL",
     "Hellinger",
     "Kind",
@@ -99,6 +101,9 @@ __all__ = [
     "cpu_level",
     "divergence",
     "divergence_loss",
+    "fdb_matmul",
+    "fdb_pack",
+    "fdb_unpack",
     "fsq",
     "fsq_decode",
     "lfq",

@@ -21,7 +21,7 @@ from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.recipes.distill_report import fill, generations, load_command
 from stillhouse.report import Report
 from stillhouse.teachers import TeacherShards
-from stillhouse.train import DivergenceObjective, Objective, OnPolicy, Replay
+from stillhouse.train import DivergenceObjective, Objective, OnPolicy, Replay, mixtures, quantized
 from stillhouse.train.arguments import DistillArguments, help_text, parse
 from stillhouse.train.checkpoints import (
     checkpoints,
@@ -30,7 +30,6 @@ from stillhouse.train.checkpoints import (
     newest_complete,
     remove_torn,
 )
-from stillhouse.train.mixtures import is_marked
 
 DEMONSTRATION = Path(__file__).with_name("distill.yaml")
 # TAID is a method, and SupportKL needs a teacher that is known at some columns only.
@@ -210,7 +209,13 @@ def _option_value(key: str, text: str) -> Any:
 def _check_student(arguments: DistillArguments, training: Any) -> None:
     if arguments.lora_rank and arguments.trainable:
         raise UsageError("--lora_rank trains adapters alone: leave --trainable out")
-    if arguments.student.startswith("experts:") or is_marked(arguments.student):
+    student = arguments.student
+    has_bits = student.startswith("fdb:") or quantized.is_marked(student)
+    if arguments.lora_rank and has_bits:
+        raise UsageError(
+            "--lora_rank has no adapters for weights of two bits: name parameters, --trainable"
+        )
+    if student.startswith("experts:") or mixtures.is_marked(student):
         if arguments.lora_rank:
             raise UsageError(
                 "--lora_rank has no adapters for experts: name parameters, --trainable"

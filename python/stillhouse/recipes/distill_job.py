@@ -13,6 +13,7 @@ from torch import nn
 
 from stillhouse import data
 from stillhouse.errors import UsageError
+from stillhouse.nn.fdb_surgery import freeze_fdb_, has_fdb
 from stillhouse.nn.surgery import train_only
 from stillhouse.teachers import ShardError, StoredExamples, StoredTeacher, TeacherShards
 from stillhouse.train import (
@@ -22,6 +23,7 @@ from stillhouse.train import (
     OnPolicy,
     mixtures,
     models,
+    quantized,
 )
 from stillhouse.train.arguments import DistillArguments
 from stillhouse.train.examples import collate, encode
@@ -189,6 +191,8 @@ class Job:
         )
         if trainer.is_fsdp_enabled and mixtures.has_mixtures(trainer.model):
             raise UsageError("--student experts:... with FSDP: its shards are not saved; use DDP")
+        if trainer.is_fsdp_enabled and has_fdb(trainer.model):
+            raise UsageError("--student fdb:... with FSDP: its shards are not saved; use DDP")
         if trainer.is_fsdp_enabled and self.arguments.lora_rank:
             raise UsageError("--lora_rank with FSDP: shards of adapters are not merged; use DDP")
         return trainer
@@ -234,8 +238,9 @@ class Job:
         return results
 
     def save(self, trainer: Any) -> Path:
-        """The student as an ordinary `save_pretrained` folder, adapters merged."""
+        """The student as an ordinary `save_pretrained` folder, adapters merged, or a marked one."""
         trainer.require_finite_weights()
+        freeze_fdb_(trainer.accelerator.unwrap_model(trainer.model))
         folder = Path(self.training.output_dir) / "student"
         partial = folder.with_name("student.partial")
         if self.training.process_index == 0:
@@ -251,6 +256,8 @@ class Job:
         if self.training.process_index == 0:
             if mixtures.has_mixtures(trainer.model):
                 mixtures.mark(partial)
+            if has_fdb(trainer.model):
+                quantized.mark(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         trainer.accelerator.wait_for_everyone()

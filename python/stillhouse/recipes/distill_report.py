@@ -9,7 +9,7 @@ import torch
 
 from stillhouse.recipes.distill_job import Job, Run
 from stillhouse.report import Report
-from stillhouse.train.mixtures import is_marked
+from stillhouse.train import mixtures, quantized
 from stillhouse.train.models import load_model
 
 
@@ -106,7 +106,7 @@ def _configuration(job: Job) -> dict[str, object]:
 
 def load_command(folder: Path) -> str:
     """A shell command that loads the student and lets it write."""
-    if is_marked(folder):
+    if mixtures.is_marked(folder) or quantized.is_marked(folder):
         return (
             'python -c "from stillhouse.train.models import load_model; '
             f'print(load_model({str(folder)!r}))"'

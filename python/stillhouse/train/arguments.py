@@ -64,8 +64,8 @@ class DistillArguments:
         "bucket",
     )
     student: str | None = _flag(
-        "layers:0,1,2 copies these blocks of the teacher, layers:0,1,2@MODEL another's; "
-        "experts:4@STUDENT makes mixtures of 4 experts; else a hub id, folder or .gguf file"
+        "layers:0,1,2 copies blocks of the teacher, layers:0,1,2@MODEL another's; "
+        "experts:4@STUDENT adds experts, fdb:64@STUDENT is two-bit; else hub id, folder, .gguf"
     )
     data: str | None = _flag(
         "file or folder: text, JSON lines or Parquet with text, messages or prompt and response; "

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillhouse.nn.fdb_surgery import has_fdb
 from stillhouse.nn.surgery import take_layers
-from stillhouse.train import mixtures
+from stillhouse.train import mixtures, quantized
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Words that make another student of one, how, and a usual number.
+MADE = (("experts:", mixtures.make_mixtures, 4), ("fdb:", quantized.make_fdb, 64))
 
 # Digits, blanks, accents, two scripts, code, an emoji: where tokenizers differ, they differ here.
 PROBE = "The 1,234 kilns\n\tif x != 0: return café naïve 東京 Übung -> 'ok' 🙂  end"
@@ -30,7 +34,8 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
     """The causal language model of a hub id, a local folder or a GGUF file.
 
     `dtype` is one of `DTYPES`; "auto" keeps what the checkpoint was saved in. A GGUF file is
-    dequantised; a folder of `mixtures.mark` has its experts again. Raises FileNotFoundError for
+    dequantised; a folder of `mixtures.mark` has its experts again, one of `quantized.mark` its
+    dual-binary layers. Raises FileNotFoundError for
     what does not exist, ValueError for what is no model.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -40,6 +45,8 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
     location, options = _locate(name)
     if not options and mixtures.is_marked(location):
         return mixtures.load(location, dtype if dtype == "auto" else getattr(torch, dtype))
+    if not options and quantized.is_marked(location):
+        return quantized.load_fdb(location, dtype if dtype == "auto" else getattr(torch, dtype))
     if "gguf_file" in options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     with _one_line(name, "a causal language model"):
@@ -55,16 +62,23 @@ def load_model(name: str, dtype: str = "auto") -> nn.Module:
 def load_student(spec: str, teacher: nn.Module | None, dtype: str = "float32") -> nn.Module:
     """The student, trainable: `layers:0,1,2` copies these blocks of the teacher and
     `layers:0,1,2@MODEL` those of another model; `experts:4@STUDENT` is any student with mixtures of
-    4 experts (`mixtures.make_mixtures`); anything else is loaded.
+    4 experts (`mixtures.make_mixtures`); `fdb:64@STUDENT` has dual-binary weights in groups of 64
+    (`quantized.make_fdb`); anything else is loaded.
 
     Raises ValueError for a list or number that cannot be read, a block that does not exist, and a
     list of layers without a teacher to take them from.
     """
-    if spec.startswith("experts:"):
-        number, _, dense = spec.removeprefix("experts:").partition("@")
-        if not number.isdigit() or not dense:
-            raise ValueError(f"expected --student experts:4@STUDENT, got {spec!r}")
-        return mixtures.make_mixtures(load_student(dense, teacher, dtype), int(number))
+    for word, make, usual in MADE:
+        if spec.startswith(word):
+            number, _, dense = spec.removeprefix(word).partition("@")
+            if not number.isdigit() or not dense:
+                raise ValueError(f"expected --student {word}{usual}@STUDENT, got {spec!r}")
+            student = load_student(dense, teacher, dtype)
+            if mixtures.has_mixtures(student) or has_fdb(student):
+                raise ValueError(
+                    f"--student {spec}: a student can have experts or weights of two bits, and once"
+                )
+            return make(student, int(number))
     if not spec.startswith("layers:"):
         return load_model(spec, dtype).requires_grad_(True)
     blocks, _, source = spec.removeprefix("layers:").partition("@")
@@ -90,8 +104,9 @@ def source_of(student: str) -> str:
 
 
 def dense_of(student: str) -> str:
-    """What a student is before its experts."""
-    return student.partition("@")[2] if student.startswith("experts:") else student
+    """What a student is before its experts or bits."""
+    made = student.startswith(tuple(word for word, _, _ in MADE))
+    return student.partition("@")[2] if made else student
 
 
 def check_pair(
