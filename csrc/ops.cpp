@@ -106,6 +106,23 @@ STILLHOUSE_LIBRARY(m) {
   m.def(
       "rvq_gradient(Tensor upstream, Tensor x, Tensor codes, Tensor codebooks, bool want_x, "
       "bool want_codebooks) -> (Tensor, Tensor)");
+  // Products of rows [M, K] with dual-binary weights [N, K] (csrc/dual_binary): tiles int32
+  // [N / 16, g, words, 2, 16] and scales [N / 16, g, 2, 16] as in kernel.h. Sums are float32, or float64
+  // where x is; y has the dtype of x.
+  m.def("fdb_matmul(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int rows) -> Tensor");
+  // Of int8 rows, number i of group j worth steps[., j] i; steps float32 [M, g].
+  m.def(
+      "fdb_matmul_int8(Tensor x, Tensor steps, Tensor tiles, Tensor scales, Tensor? bias, int rows, "
+      "ScalarType dtype) -> Tensor");
+  // int8 [M, K] to nearest, ties to even, and steps: a group's largest number / 127.
+  m.def("fdb_quantize(Tensor x, int groups) -> (Tensor, Tensor)");
+  m.def(
+      "fdb_dequantize(Tensor tiles, Tensor scales, int rows, int columns, ScalarType dtype) "
+      "-> Tensor");
+  // To x, in its dtype, and to the scales, in that of sums.
+  m.def(
+      "fdb_gradient(Tensor upstream, Tensor x, Tensor tiles, Tensor scales, bool want_x, "
+      "bool want_scales) -> (Tensor, Tensor)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }
