@@ -123,6 +123,8 @@ STILLHOUSE_LIBRARY(m) {
   m.def(
       "fdb_gradient(Tensor upstream, Tensor x, Tensor tiles, Tensor scales, bool want_x, "
       "bool want_scales) -> (Tensor, Tensor)");
+  // A contiguous copy, on the CPU in huge pages.
+  m.def("in_huge_pages(Tensor x) -> Tensor");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

@@ -69,4 +69,16 @@ struct FdbScaleSums {
   char* out;  // of all rows: [N / 16, g, 2, 16], float32, or float64 where of_weight is
 };
 
+// The steps of the CPU's kernels on one instruction set. Rows of x become tables, which blocks of rows of W
+// look up; `dot`: whether the machine has products of bytes (VNNI).
+struct FdbKernels {
+  int64_t (*table_bytes)(const FdbProduct& p);  // of a row of x
+  void (*tables)(const FdbProduct& p, int64_t lo, int64_t hi, int64_t first, char* memory);
+  void (*product)(const FdbProduct& p, const char* tables, int64_t first, int64_t count, int64_t lo,
+                  int64_t hi, bool dot);  // blocks lo ... hi of y's columns, rows first ... of x
+  void (*quantize)(const FdbQuantizing& q, int64_t lo, int64_t hi);   // rows
+  void (*dequantize)(const FdbPanel& panel, int64_t lo, int64_t hi);  // rows of the panel
+  void (*scale_sums)(const FdbScaleSums& s, int64_t lo, int64_t hi);  // rows
+};
+
 }  // namespace stillhouse

@@ -107,16 +107,16 @@ struct FdbOps {
     std::vector<Tensor> hold;
     const FdbWeight w = weight_of(tiles, scales, rows, columns, hold);
     const Tensor out = Backend::output(tiles, {rows, columns}, dtype);
-    const FdbPanel panel{w,        0, rows, 0, w.groups, static_cast<char*>(out.data_ptr()),
-                         dtype_of(out)};
+    const FdbPanel panel{
+        w, 0, rows, 0, w.groups, static_cast<char*>(out.data_ptr()), dtype_of(out)};
     if (out.numel() > 0) Backend::dequantize(panel, tiles);
     return out;
   }
 
   // What is not wanted is [0].
   static std::tuple<Tensor, Tensor> gradient(const Tensor& upstream, const Tensor& x,
-                                             const Tensor& tiles, const Tensor& scales,
-                                             bool want_x, bool want_scales) {
+                                             const Tensor& tiles, const Tensor& scales, bool want_x,
+                                             bool want_scales) {
     STD_TORCH_CHECK(x.dim() == 2 && upstream.dim() == 2 && upstream.size(0) == x.size(0) &&
                         upstream.scalar_type() == x.scalar_type(),
                     "x is [M, K], what comes back [M, N] of the same dtype");
