@@ -12,6 +12,7 @@ import torch
 
 from stillhouse.ops import (
     divergence_autograd,
+    fdb_autograd,
     linear_divergence_autograd,
     rvq_autograd,
     sinkhorn_autograd,
@@ -58,8 +59,13 @@ def gpu(request):
 @cache
 def _simt_ops():
     torch.ops.load_library(str(SIMT))
-    families = divergence_autograd, linear_divergence_autograd, rvq_autograd, sinkhorn_autograd
-    for family in families:
+    for family in (
+        divergence_autograd,
+        fdb_autograd,
+        linear_divergence_autograd,
+        rvq_autograd,
+        sinkhorn_autograd,
+    ):
         family.register("stillhouse_simt")
     return torch.ops.stillhouse_simt
 

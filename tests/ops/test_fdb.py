@@ -1,48 +1,14 @@
-"""Products with dual-binary weights against the sum by hand, float64 and integers."""
+"""Dual-binary weights as kernels read them, rows of 8 bits, and what is refused."""
 
 import pytest
 import torch
 
 from stillhouse import ops
-from stillhouse.ops import fdb_reference
+from stillhouse.ops import divergence_autograd, fdb_reference
 
-EXACTLY = dict(rtol=0, atol=0)
 SHAPES = [(5, 96, 32), (16, 128, 128), (7, 130, 65), (1, 31, 31), (3, 33, 1), (33, 64, 64)]
-ROWS = [1, 2, 3, 8, 33]
 
-
-def problem(rows, columns, group, *, dtype=torch.float32, seed=0, integers=False):
-    """Planes and scales of [rows, columns]."""
-    generator = torch.Generator().manual_seed(seed)
-    planes = torch.rand(2, rows, columns, generator=generator) < 0.4
-    shape = 2, rows, columns // group
-    if integers:
-        return planes, torch.randint(-8, 9, shape, generator=generator).to(dtype)
-    return planes, torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def inputs(m, columns, seed=1, dtype=torch.float32, integers=False):
-    generator = torch.Generator().manual_seed(seed)
-    if integers:
-        return torch.randint(-8, 9, (m, columns), generator=generator).to(dtype)
-    return torch.randn(m, columns, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def by_hand(x, planes, alpha):
-    """Two masked sums a group, in Python's own numbers."""
-    group = planes.shape[2] // alpha.shape[2]
-    x, planes, alpha = x.tolist(), planes.tolist(), alpha.tolist()
-    y = [[0.0] * len(planes[0]) for _ in x]
-    for m, row in enumerate(x):
-        for n in range(len(planes[0])):
-            for plane, scale in zip(planes, alpha, strict=True):
-                for g, a in enumerate(scale[n]):
-                    chosen = range(g * group, (g + 1) * group)
-                    y[m][n] += a * sum(row[k] for k in chosen if plane[n][k])
-    return torch.tensor(y, dtype=torch.float64)
-
-
-# Words --------------------------------------------------------------------------------------------
+# Words and tiles ----------------------------------------------------------------------------------
 
 
 def test_bit_k_of_word_k_over_32_lowest_first():
@@ -54,154 +20,143 @@ def test_bit_k_of_word_k_over_32_lowest_first():
     assert words.tolist() == [[[1 + 32 - 2**31, 1, 1 << 5]], [[0, 2, 0]]]
 
 
-@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
-def test_what_is_packed_comes_back(rows, columns, group):
-    planes, alpha = problem(rows, columns, group)
+def test_tiles_by_hand():
+    """17 rows, two groups of 34 columns: each group begins a word, each block 16 rows."""
+    planes = torch.zeros(2, 17, 68, dtype=torch.bool)
+    places = [(0, 0, 0), (1, 0, 33), (0, 3, 34), (1, 16, 67), (0, 16, 65)]
+    for place in places:
+        planes[place] = True
+    alpha = torch.arange(2 * 17 * 2, dtype=torch.float16).view(2, 17, 2) + 1
+    packed = ops.fdb_pack(planes, alpha)
+    assert packed.tiles.shape == (2, 2, 2, 2, 16)
+    expected = torch.zeros(2, 2, 2, 2, 16, dtype=torch.int32)
+    expected[0, 0, 0, 0, 0] = 1
+    expected[0, 0, 1, 1, 0] = 1 << 1
+    expected[0, 1, 0, 0, 3] = 1
+    expected[1, 1, 1, 1, 0] = 1 << 1
+    expected[1, 1, 0, 0, 0] = -(1 << 31)
+    assert torch.equal(packed.tiles, expected)
+    assert packed.scales.shape == (2, 2, 2, 16)
+    for block, group, plane, row in ((0, 1, 0, 15), (1, 0, 1, 0), (0, 0, 1, 7)):
+        found = packed.scales[block, group, plane, row]
+        assert found == alpha[plane, 16 * block + row, group]
+    assert not packed.scales[1, ..., 1:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rows", "columns", "group"), [*SHAPES, (0, 64, 32)])
+def test_what_is_packed_comes_back(rows, columns, group, dtype, dual_binary, device):
+    planes, alpha = dual_binary.weight(rows, columns, group, dtype=dtype)
     packed = ops.fdb_pack(planes, alpha)
     again, scales = ops.fdb_unpack(packed)
     assert torch.equal(again, planes)
     assert torch.equal(scales, alpha)
+    assert torch.equal(packed.alpha, alpha)
+    assert packed.scales.dtype == dtype
     assert packed.shape == (rows, columns)
     assert packed.group_size == group
-    # Beyond the last column there is nothing.
-    padding = 32 * packed.planes.shape[2] - columns
-    beyond = packed.planes[..., -1].long() % 2**32 >> (32 - padding)
-    assert not beyond.any()
+    words = packed.planes
+    assert torch.equal(words, fdb_reference.pack(planes))
+    assert words.is_contiguous()
+    for given in (words, with_bits_beyond(words, columns)):
+        of_words = ops.FDBPacked.from_words(given, alpha, columns)
+        assert torch.equal(of_words.tiles, packed.tiles)
+        assert torch.equal(of_words.scales, packed.scales)
+        assert of_words.tiles.is_contiguous()
 
 
-@pytest.mark.parametrize("bit", [False, True])
-def test_planes_of_one_value(bit):
-    planes = torch.full((2, 3, 64), bit)
-    packed = ops.fdb_pack(planes, torch.tensor([2.0, -0.5]).view(2, 1, 1).expand(2, 3, 2))
-    assert packed.planes.unique().tolist() == [-1 if bit else 0]
-    x = inputs(4, 64)
-    expected = 1.5 * bit * x.double().sum(1, keepdim=True).expand(4, 3)
-    torch.testing.assert_close(ops.fdb_matmul(x, packed).double(), expected, rtol=0, atol=1e-5)
+def with_bits_beyond(words, columns):
+    """The last words with ones beyond the last column."""
+    words = words.clone()
+    if columns % 32:
+        words[..., -1] |= -1 << columns % 32
+    return words
 
 
-# Products -----------------------------------------------------------------------------------------
+def test_the_weight_as_numbers(level, dual_binary):
+    for shape in [*SHAPES, (0, 64, 32)]:
+        planes, alpha = dual_binary.weight(*shape)
+        packed = ops.fdb_pack(planes, alpha)
+        exact = dual_binary.dense(planes, alpha).sum(0)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            rounded = exact if dtype == torch.float64 else exact.float().to(dtype)
+            assert torch.equal(packed.dequantize(dtype), rounded.to(dtype))
 
 
-@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
-@pytest.mark.parametrize("m", [1, 3])
-def test_integers_are_exact(rows, columns, group, m):
-    planes, alpha = problem(rows, columns, group, integers=True)
-    x = inputs(m, columns, integers=True)
-    y = ops.fdb_matmul(x, ops.fdb_pack(planes, alpha.half()))
-    torch.testing.assert_close(y.double(), by_hand(x, planes, alpha), **EXACTLY)
+def test_gradients_reach_alpha_through_the_tiles(dual_binary):
+    planes, alpha = dual_binary.weight(17, 64, 32, dtype=torch.float64)
+    packed = ops.fdb_pack(planes, alpha.requires_grad_())
+    upstream = dual_binary.draw(*packed.scales.shape, seed=5, dtype=torch.float64)
+    (found,) = torch.autograd.grad(packed.scales, alpha, upstream)
+    assert torch.equal(found, fdb_reference.untile_scales(upstream, 17))
+    assert not packed.dequantize().requires_grad
 
 
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_dtype_within_its_rounding(m, dtype):
-    planes, alpha = problem(9, 130, 65)
-    alpha = alpha.half()
-    x, bias = inputs(m, 130, dtype=dtype), torch.linspace(-1, 1, 9).to(dtype)
-    y = ops.fdb_matmul(x, ops.fdb_pack(planes, alpha), bias)
-    assert y.dtype == dtype
-    exact = by_hand(x, planes, alpha) + bias.double()
-    size = by_hand(x.abs(), planes, alpha.abs()) + bias.double().abs()
-    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    allowed = 4 * sums * 130**0.5 * size + torch.finfo(dtype).eps * exact.abs()
-    assert ((y.double() - exact).abs() <= allowed).all()
+# Rows of 8 bits -----------------------------------------------------------------------------------
 
 
-def test_axes_before_the_last_stay():
-    packed = ops.fdb_pack(*problem(5, 64, 32))
-    x = inputs(6, 64)
-    y = ops.fdb_matmul(x, packed)
-    torch.testing.assert_close(ops.fdb_matmul(x.view(2, 3, 64), packed), y.view(2, 3, 5), **EXACTLY)
-    torch.testing.assert_close(ops.fdb_matmul(x[0], packed), y[0])
-    transposed = inputs(64, 6).T
-    torch.testing.assert_close(
-        ops.fdb_matmul(transposed, packed), ops.fdb_matmul(transposed.contiguous(), packed)
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_8_bits(level, dtype, dual_binary):
+    for shape, group in (
+        ((5, 96), 32),
+        ((3, 2, 130), 65),
+        ((0, 64), 64),
+        ((33,), 1),
+        ((9, 39), 13),
+    ):
+        x = dual_binary.draw(*shape, seed=3, dtype=dtype)
+        made = ops.fdb_quantize(x, group)
+        groups = x.double().unflatten(-1, (-1, group) if x.numel() else (1, 64))
+        assert made.values.shape == x.shape
+        assert made.values.dtype == torch.int8
+        assert made.dtype == dtype
+        largest = groups.abs().amax(-1)
+        torch.testing.assert_close(made.steps, (largest / 127).float(), rtol=2e-7, atol=0)
+        values = made.values.double().unflatten(-1, groups.shape[-2:])
+        assert (values.abs().amax(-1) == 127).all()
+        # The nearest integer, but for what is half-way within rounding.
+        exact = groups / (largest / 127)[..., None]
+        assert ((values - exact).abs() <= 0.5 + 1e-4).all()
 
 
-def test_no_rows():
-    packed = ops.fdb_pack(*problem(5, 64, 32))
-    x = torch.zeros(2, 0, 64, requires_grad=True)
-    y = ops.fdb_matmul(x, packed)
-    assert y.shape == (2, 0, 5)
-    y.sum().backward()
-    assert x.grad.shape == x.shape
+def test_8_bits_of_what_is_special(level):
+    x = torch.zeros(5, 32)
+    x[1, 3] = 1e-44  # not a normal number, nor is a 127th of it
+    x[2, :4] = torch.tensor([127, 2.5, 3.5, -0.5])  # ties to even
+    x[3, 5], x[4, 5] = torch.inf, torch.nan
+    made = ops.fdb_quantize(x, 32)
+    assert made.steps[0] == 0
+    assert not made.values[0].any()
+    assert made.values[2, :4].tolist() == [127, 2, 4, 0]
+    packed = ops.fdb_pack(torch.ones(2, 3, 32, dtype=torch.bool), torch.ones(2, 3, 1))
+    y = ops.fdb_matmul(made, packed)
+    assert (y[:2].abs() < 1e-40).all()
+    assert y[3:].isnan().all()
 
 
-# Gradients ----------------------------------------------------------------------------------------
+# Without a kernel ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", [1, 13, 39])
-def test_gradients_are_those_of_differences(group):
-    planes, alpha = problem(4, 39, group, dtype=torch.float64)
-    words = ops.fdb_pack(planes, alpha).planes
-    x = inputs(3, 39, dtype=torch.float64)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_device_without_kernels_gets_plain_torch_and_is_told(shape, dual_binary, monkeypatch):
+    planes, alpha = dual_binary.weight(*shape, dtype=torch.float32)
+    x = dual_binary.draw(4, shape[1], seed=3).requires_grad_()
+    bias = dual_binary.draw(shape[0], seed=4)
 
-    def product(x, alpha, bias):
-        return ops.fdb_matmul(x, ops.FDBPacked(words, alpha, 39), bias)
+    def everything():
+        packed = ops.fdb_pack(planes, alpha.requires_grad_())
+        y = ops.fdb_matmul(x, packed, bias)
+        slopes = torch.autograd.grad(y.square().sum(), (x, alpha))
+        with torch.no_grad():
+            rows = ops.fdb_quantize(x, shape[2])
+            return y, *slopes, rows.steps, ops.fdb_matmul(rows, packed), packed.dequantize()
 
-    arguments = [x, alpha, torch.randn(4, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(product, [each.requires_grad_() for each in arguments])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_the_dense_weight(dtype):
-    """da_p[n, g] is the sum of dW = dy^T x over the ones of plane p."""
-    planes, alpha = problem(6, 96, 32)
-    alpha = alpha.half().requires_grad_()
-    x = inputs(5, 96, dtype=dtype).requires_grad_()
-    bias = torch.zeros(6, dtype=dtype, requires_grad=True)
-    upstream = inputs(5, 6, seed=3, dtype=dtype)
-    ops.fdb_matmul(x, ops.fdb_pack(planes, alpha), bias).backward(upstream)
-
-    groups = planes.unflatten(2, (3, 32)).double()
-    weight = (groups * alpha.detach().double()[..., None]).sum(0).flatten(1)
-    of_weight = upstream.double().T @ x.detach().double()
-    expected = (of_weight.unflatten(1, (3, 32)) * groups).sum(-1)
-    close = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(x.grad.double(), upstream.double() @ weight, **close)
-    torch.testing.assert_close(alpha.grad.double(), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(bias.grad.double(), upstream.double().sum(0), **close)
-    assert x.grad.dtype == bias.grad.dtype == dtype
-    assert alpha.grad.dtype == torch.float16
-
-
-def test_only_what_is_asked_for_is_made(monkeypatch):
-    asked, made = [], fdb_reference.gradient
-
-    def gradient(*arguments):
-        found = made(*arguments)
-        asked.append(tuple(each is not None for each in found))
-        return found
-
-    monkeypatch.setattr(fdb_reference, "gradient", gradient)
-    packed = ops.fdb_pack(*problem(5, 64, 32))
-    x = inputs(2, 64).requires_grad_()
-    ops.fdb_matmul(x, packed).sum().backward()
-    bias = torch.zeros(5, requires_grad=True)
-    ops.fdb_matmul(x.detach(), packed, bias).sum().backward()
-    learning = ops.FDBPacked(packed.planes, packed.alpha.clone().requires_grad_(), 64)
-    ops.fdb_matmul(x.detach(), learning).sum().backward()
-    assert asked == [(True, False), (False, True)]
-
-
-def test_a_second_derivative_is_refused():
-    x = inputs(2, 64).requires_grad_()
-    y = ops.fdb_matmul(x, ops.fdb_pack(*problem(5, 64, 32)))
-    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
-
-
-def test_it_compiles_without_a_break():
-    packed = ops.fdb_pack(*problem(5, 64, 32))
-    compiled = torch.compile(ops.fdb_matmul, fullgraph=True, backend="aot_eager")
-    x = inputs(3, 64).requires_grad_()
-    slopes = []
-    for function in (ops.fdb_matmul, compiled):
-        y = function(x, packed)
-        slopes.append((y, *torch.autograd.grad(y.square().sum(), x)))
-    for mine, theirs in zip(*slopes, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    expected = everything()
+    monkeypatch.setattr(divergence_autograd, "devices", set())
+    with pytest.warns(UserWarning, match="no dual-binary kernel for cpu"):
+        found = everything()
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -225,12 +180,46 @@ def packing(**changes):
         ({"alpha": torch.full((2, 3, 2), torch.inf)}, ValueError, "not finite"),
         ({"alpha": torch.full((2, 3, 2), torch.nan)}, ValueError, "not finite"),
         ({"alpha": torch.zeros(2, 3, 2, dtype=torch.int64)}, TypeError, "alpha must be float32"),
+        ({"alpha": torch.zeros(2, 3, 2, device="meta")}, ValueError, "alpha on meta"),
     ],
 )
 def test_what_cannot_be_packed(changes, error, message):
     with pytest.raises(error, match=message) as raised:
         packing(**changes)
     assert "\n" not in str(raised.value)
+
+
+WORDS = torch.zeros(2, 3, 2, dtype=torch.int32)
+TILES, SCALES = torch.zeros(1, 2, 1, 2, 16, dtype=torch.int32), torch.zeros(1, 2, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"),
+    [
+        ("words", (WORDS, torch.zeros(2, 3, 1), 65), ValueError, r"\[2, N, 3\], got \(2, 3, 2\)"),
+        ("words", (WORDS.long(), torch.zeros(2, 3, 1), 64), TypeError, "int32, got torch.int64"),
+        ("words", (WORDS, torch.zeros(2, 4, 1), 64), ValueError, r"alpha must be \[2, 3, K / G\]"),
+        ("words", (WORDS, torch.zeros(2, 3, 3), 64), ValueError, "64 columns .* 3 groups"),
+        ("tiles", (TILES.long(), SCALES, 3, 64), TypeError, "int32, got torch.int64"),
+        ("tiles", (TILES, SCALES.int(), 3, 64), TypeError, "scales must be float32"),
+        ("tiles", (TILES, SCALES.to("meta"), 3, 64), ValueError, "cpu, scales on meta"),
+        ("tiles", (TILES[0], SCALES, 3, 64), ValueError, "tiles must be .* with 64 columns"),
+        ("tiles", (TILES, SCALES, 3, 65), ValueError, "tiles must be .* with 65 columns"),
+        ("tiles", (TILES, SCALES, 17, 64), ValueError, r"tiles of 17 rows .* \[2, 2, 1, 2, 16\]"),
+        ("tiles", (TILES, SCALES, 3, 66), ValueError, r"tiles of 3 rows .* \[1, 2, 2, 2, 16\]"),
+        ("tiles", (TILES, SCALES[:, :1], 3, 64), ValueError, r"scales of 3 rows .* 2 groups"),
+    ],
+)
+def test_parts_that_do_not_fit_together(make, arguments, error, message):
+    make = ops.FDBPacked.from_words if make == "words" else ops.FDBPacked
+    with pytest.raises(error, match=message) as raised:
+        make(*arguments)
+    assert "\n" not in str(raised.value)
+
+
+def bytes_of(columns, group):
+    values = torch.zeros(2, columns, dtype=torch.int8)
+    return ops.FDBActivations(values, torch.zeros(2, columns // group), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +230,15 @@ def test_what_cannot_be_packed(changes, error, message):
         ((torch.tensor(1.0),), ValueError, r"\[\.\.\., 64\]"),
         ((torch.zeros(2, 64), torch.zeros(4)), ValueError, r"bias must be \[3\]"),
         ((torch.zeros(2, 64), torch.zeros(3, dtype=torch.int8)), TypeError, "bias must be float32"),
+        ((torch.zeros(2, 64), torch.zeros(3, device="meta")), ValueError, "bias is on meta"),
         ((torch.zeros(2, 64, device="meta"),), ValueError, "x is on meta"),
+        ((bytes_of(64, 64),), ValueError, "x has 1 groups, the weight 2"),
+        ((bytes_of(32, 32),), ValueError, r"\[\.\.\., 64\], got \(2, 32\)"),
+        (
+            (bytes_of(64, 32), torch.zeros(3, requires_grad=True)),
+            ValueError,
+            "no gradient, and scales or bias need one",
+        ),
     ],
 )
 def test_what_cannot_be_multiplied(arguments, error, message):
@@ -250,13 +247,47 @@ def test_what_cannot_be_multiplied(arguments, error, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_weight_that_is_not_packed():
-    with pytest.raises(TypeError, match="fdb_pack, got Tensor"):
-        ops.fdb_matmul(torch.zeros(2, 64), torch.zeros(3, 64))
-    words = torch.zeros(2, 3, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"\[2, N, 3\], got \(2, 3, 2\)"):
-        ops.FDBPacked(words, torch.zeros(2, 3, 1), 65)
-    with pytest.raises(TypeError, match="int32, got torch.int64"):
-        ops.FDBPacked(words.long(), torch.zeros(2, 3, 1), 64)
-    with pytest.raises(ValueError, match="alpha on meta"):
-        ops.FDBPacked(words, torch.zeros(2, 3, 1, device="meta"), 64)
+VALUES, STEPS = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.fdb_quantize(torch.zeros(2, 64).double(), 32), TypeError, "got torch.float64"),
+        (lambda: ops.fdb_quantize(torch.zeros(2, 65), 32), ValueError, "group_size 32, got"),
+        (lambda: ops.fdb_quantize(torch.zeros(2, 64), 0), ValueError, "group_size 0, got"),
+        (lambda: ops.fdb_quantize(torch.zeros(2, 0), 1), ValueError, r"got \(2, 0\)"),
+        (lambda: ops.fdb_quantize(torch.zeros(()), 1), ValueError, r"got \(\)"),
+        (
+            lambda: ops.fdb_quantize(torch.zeros(2, 64, requires_grad=True), 32),
+            ValueError,
+            "x needs one: detach it",
+        ),
+        (
+            lambda: ops.FDBActivations(VALUES.int(), STEPS, torch.float32),
+            TypeError,
+            "values are int8 .* got torch.int32",
+        ),
+        (lambda: ops.FDBActivations(VALUES, STEPS, torch.float64), TypeError, "got torch.float64"),
+        (
+            lambda: ops.FDBActivations(VALUES, STEPS[:1], torch.float32),
+            ValueError,
+            r"leading axes, got \(1, 1\)",
+        ),
+        (
+            lambda: ops.FDBActivations(VALUES, STEPS.to("meta"), torch.float32),
+            ValueError,
+            "steps on meta",
+        ),
+        (lambda: packing().dequantize(torch.int8), TypeError, "dtype must be float32"),
+        (
+            lambda: ops.fdb_matmul(torch.zeros(2, 64), torch.zeros(3, 64)),
+            TypeError,
+            "fdb_pack, got Tensor",
+        ),
+    ],
+)
+def test_calls_that_are_refused(call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)

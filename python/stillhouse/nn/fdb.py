@@ -11,11 +11,15 @@ from torch.nn.functional import linear
 
 from stillhouse import ops
 from stillhouse.nn import fdb_fit
-from stillhouse.ops import fdb_reference
+from stillhouse.ops import fdb_autograd, fdb_reference
+from stillhouse.ops.fdb import multiply
 
 GRADIENTS = ("planes", "thresholds")
+ACTIVATIONS = (None, "int8")
 # Buffers of scales, which stay float16 whatever a model is cast to.
-_SCALES = ("initial", "alpha")
+_SCALES = ("initial", "tile_scales")
+# What a state has of a frozen layer, and in what buffers.
+_STORED = {"planes": "tiles", "alpha": "tile_scales"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +98,13 @@ class FDBLinear(nn.Module):
     While it trains it keeps `latent` [N, K], the full weight, and takes of it the nearest levels in
     each forward. What learns is `change` [2, N, K / G], with scales `initial` (1 + change): a step
     is relative to the scale, so one learning rate suits all layers. The forward sees them rounded
-    to float16, as they will be stored. `freeze()` leaves `planes` (32 bits a word) and `alpha`
-    alone, and changes nothing in what float32 rows come to but the order of sums.
+    to float16, as they will be stored. `freeze()` leaves bits and scales alone, and changes nothing
+    in what float32 rows come to but the order of sums. They lie as `ops.fdb_matmul` reads them, in
+    the buffers `tiles` and `tile_scales`; a state has them as `planes` (32 bits a word,
+    `ops.FDBPacked.from_words`) and `alpha`, which as attributes are made anew each time.
+
+    activations "int8": the frozen layer takes rows of 8 bits (`ops.fdb_quantize`), faster and not
+    exact. It then has no gradient: ValueError for an x that needs one. It is no part of a state.
 
     gradient "planes": that of the scales with the planes held fixed, exact between changes of
     level. "thresholds": also through b = H(t) as if it were t, after a third party's module for
@@ -131,6 +140,7 @@ class FDBLinear(nn.Module):
         frozen: bool = False,
         train_latent: bool = False,
         gradient: str = "planes",
+        activations: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -139,21 +149,25 @@ class FDBLinear(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be {' or '.join(GRADIENTS)}, got {gradient!r}")
         _check_groups((out_features, in_features), group_size)
+        _check_activations(activations)
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.gradient = group_size, gradient
+        self.activations = activations
         like = {"device": device, "dtype": dtype}
-        scales = 2, out_features, in_features // group_size
-        zeros = torch.zeros(scales, device=device, dtype=torch.float16)
+        groups = in_features // group_size
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, **like))
         self.frozen = frozen
         if frozen:
-            words = -(-in_features // fdb_reference.WORD)
-            planes = torch.zeros(2, out_features, words, device=device, dtype=torch.int32)
-            self.register_buffer("planes", planes)
-            self.register_buffer("alpha", zeros)
+            block = fdb_reference.BLOCK
+            blocks, words = -(-out_features // block), -(-group_size // fdb_reference.WORD)
+            tiles = torch.zeros(blocks, groups, words, 2, block, device=device, dtype=torch.int32)
+            zeros = torch.zeros(blocks, groups, 2, block, device=device, dtype=torch.float16)
+            self._hold(fdb_autograd.hold(tiles), zeros)
             return
+        scales = 2, out_features, groups
+        zeros = torch.zeros(scales, device=device, dtype=torch.float16)
         latent = torch.zeros(out_features, in_features, **like)
         self.latent = nn.Parameter(latent, requires_grad=train_latent)
         self.register_buffer("initial", zeros)
@@ -198,28 +212,39 @@ class FDBLinear(nn.Module):
         exact = made.detach()
         return made + (exact.half().float() - exact)  # the sum is exact: what float16 has
 
+    @property
+    def planes(self) -> Tensor:
+        """Of a frozen layer: int32 [2, N, ceil(K / 32)]."""
+        return fdb_reference.untile_words(self.tiles, self.out_features, self.in_features)
+
+    @property
+    def alpha(self) -> Tensor:
+        """Of a frozen layer: float16 [2, N, K / G]."""
+        return fdb_reference.untile_scales(self.tile_scales, self.out_features)
+
     def quantized(self) -> FDBWeight:
         """The weight as it is now."""
         if self.frozen:
-            packed = ops.FDBPacked(self.planes, self.alpha, self.in_features)
-            return FDBWeight(*ops.fdb_unpack(packed))
+            return FDBWeight(*ops.fdb_unpack(self._packed()))
         return FDBWeight.nearest(self.latent.detach().float(), self.scales().detach().half())
 
-    def freeze(self) -> FDBLinear:
-        """Keep bits and scales alone, in place; a second time nothing. Returns the layer. Raises
-        ValueError for scales that have become infinite."""
-        if self.frozen:
-            return self
-        packed = self.quantized().pack()
-        del self.latent, self.change, self.initial
-        self.register_buffer("planes", packed.planes)
-        self.register_buffer("alpha", packed.alpha)
-        self.frozen = True
+    def freeze(self, activations: str | None = None) -> FDBLinear:
+        """Keep bits and scales alone, in place; a second time nothing but `activations`, which None
+        leaves as they are. Returns the layer. Raises ValueError for scales that have become
+        infinite."""
+        _check_activations(activations)
+        if not self.frozen:
+            packed = self.quantized().pack()
+            del self.latent, self.change, self.initial
+            self._hold(packed.tiles, packed.scales)
+            self.frozen = True
+        if activations is not None:
+            self.activations = activations
         return self
 
     def to_linear(self) -> nn.Linear:
         """An ordinary layer of the same levels, for what knows no others; float32."""
-        weight = self.quantized().dequantize()
+        weight = self._packed().dequantize() if self.frozen else self.quantized().dequantize()
         made = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=weight.device
         )
@@ -232,16 +257,25 @@ class FDBLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., N] of x [..., K], in its dtype."""
         if self.frozen:
-            packed = ops.FDBPacked(self.planes, self.alpha, self.in_features)
-            return ops.fdb_matmul(x, packed, self.bias)
+            rows = ops.fdb_quantize(x, self.group_size) if self.activations == "int8" else x
+            size = self.out_features, self.in_features
+            return multiply(rows, self.tiles, self.tile_scales, *size, self.bias)
         of_levels = _through_thresholds if self.gradient == "thresholds" else _Levels.apply
         weight = of_levels(self.latent.float(), self.scales())
         return linear(x, weight.to(x.dtype), self.bias)
+
+    def _hold(self, tiles: Tensor, scales: Tensor) -> None:
+        self.register_buffer("tiles", tiles)
+        self.register_buffer("tile_scales", scales)
+
+    def _packed(self) -> ops.FDBPacked:
+        return ops.FDBPacked(self.tiles, self.tile_scales, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, group_size={self.group_size}, frozen={self.frozen}"
+            + (f", activations={self.activations}" if self.activations else "")
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> FDBLinear:
@@ -252,6 +286,49 @@ class FDBLinear(nn.Module):
             if now.dtype != torch.float16:
                 self._buffers[name] = before.to(now.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.frozen:
+            for name, tiled in _STORED.items():
+                del destination[prefix + tiled]
+                destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        state, missing = dict(state_dict), []
+        wrong = _tile_(state, prefix, self) if self.frozen else {}
+        error_msgs += wrong.values()
+        rest = local_metadata, strict, missing, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state, prefix, *rest)
+        stored = {prefix + tiled: prefix + name for name, tiled in _STORED.items()}
+        names = (stored.get(name, name) for name in missing)
+        missing_keys += (name for name in names if name not in wrong)
+
+
+def _tile_(state: dict[str, Tensor], prefix: str, layer: FDBLinear) -> dict[str, str]:
+    """Put what a state has of a frozen layer as its buffers have it; what cannot be, and why."""
+    rows, columns, groups = layer.out_features, layer.in_features, layer.tiles.shape[1]
+    words = -(-columns // fdb_reference.WORD)
+    shapes, wrong = {"planes": (2, rows, words), "alpha": (2, rows, groups)}, {}
+    for name, shape in shapes.items():
+        found = state.pop(prefix + name, None)
+        if found is None:
+            continue
+        fits = found.dtype == torch.int32 if name == "planes" else found.is_floating_point()
+        if not fits or found.shape != shape:
+            kind = "int32" if name == "planes" else "float16"
+            wrong[prefix + name] = (
+                f"{prefix}{name} must be {kind} {list(shape)}, got {found.dtype} "
+                f"{list(found.shape)}"
+            )
+        elif name == "planes":
+            tiles = fdb_reference.tile_words(found, groups, columns)
+            state[prefix + _STORED[name]] = fdb_autograd.hold(tiles)
+        else:
+            state[prefix + _STORED[name]] = fdb_reference.tile_scales(found.to(torch.float16))
+    return wrong
 
 
 class _Levels(torch.autograd.Function):
@@ -291,6 +368,11 @@ def _through_thresholds(latent: Tensor, alpha: Tensor) -> Tensor:
     threshold = -sign * (groups - first * b1 - second / 2)
     b2 = planes[1] + (threshold - threshold.detach())
     return (first * b1 + second * b2).flatten(1)
+
+
+def _check_activations(activations: str | None) -> None:
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be 'int8' or None, got {activations!r}")
 
 
 def _check_groups(shape: tuple[int, ...], group_size: int) -> None:

@@ -99,11 +99,11 @@ def quantize_fdb_(
     return FDBReport(layers, 2 + 32 / group_size, before, _bytes(model))
 
 
-def freeze_fdb_(model: nn.Module) -> int:
+def freeze_fdb_(model: nn.Module, activations: str | None = None) -> int:
     """`FDBLinear.freeze` of all of a model, in place; returns how many there are."""
     layers = [module for module in model.modules() if isinstance(module, FDBLinear)]
     for layer in layers:
-        layer.freeze()
+        layer.freeze(activations)
     return len(layers)
 
 

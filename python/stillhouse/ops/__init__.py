@@ -3,7 +3,14 @@
 from ._library import cpu_level
 from .bit_entropy import CodeEntropy, bsq_entropy, lfq_entropy
 from .divergence import Stats, divergence, divergence_loss
-from .fdb import FDBPacked, fdb_matmul, fdb_pack, fdb_unpack
+from .fdb import (
+    FDBActivations,
+    FDBPacked,
+    fdb_matmul,
+    fdb_pack,
+    fdb_quantize,
+    fdb_unpack,
+)
 from .kinds import (
     DKD,
     JSD,
@@ -73,6 +80,7 @@ __all__ = [
     "CosineLogits",
     "CosineProbs",
     "CrossEntropy",
+    "FDBActivations",
     "FDBPacked",
     "ForwardKL",
     "Hellinger",
@@ -103,6 +111,7 @@ __all__ = [
     "divergence_loss",
     "fdb_matmul",
     "fdb_pack",
+    "fdb_quantize",
     "fdb_unpack",
     "fsq",
     "fsq_decode",
