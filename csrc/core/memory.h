@@ -31,4 +31,9 @@ inline void* thread_scratch(int64_t bytes) {
   return buffer.data.get();
 }
 
+// The next address that a vector may be stored to.
+inline char* align_up(void* memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
+}
+
 }  // namespace stillhouse

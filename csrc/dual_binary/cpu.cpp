@@ -10,8 +10,6 @@
 
 #include "kernel.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions alone
-
 namespace stillhouse {
 namespace STILLHOUSE_ISA {
 namespace {
@@ -78,8 +76,8 @@ SH_INLINE void store_block(const FdbProduct& p, int64_t row, int64_t block, V to
 
 // Rows row ... row + kRows - 1 of x with blocks block ... block + kWide - 1 of W.
 template <class Unit, int kRows, int kWide>
-SH_INLINE void look_up(const FdbProduct& p, const char* tables, int64_t row, int64_t first,
-                       int64_t block) {
+__attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, int64_t row,
+                                       int64_t first, int64_t block) {
   using Total = typename Unit::Total;
   const FdbWeight& w = p.weight;
   const int64_t words = w.group_words(), size = table_entries<Unit>(w);
@@ -92,31 +90,30 @@ SH_INLINE void look_up(const FdbProduct& p, const char* tables, int64_t row, int
   for (int64_t group = 0; group < w.groups; ++group) {
     typename Unit::Sum sum[kRows][kWide][2];
     for (int64_t i = 0; i < words; ++i) {
-      for (int b = 0; b < kWide; ++b) {
+      each<kWide>(SH_EACH(b) {
         ask_for(reinterpret_cast<const char*>(at[b]) + kAhead);
         ask_for(reinterpret_cast<const char*>(at[b]) + kAhead + 64);
-      }
+      });
       Unit::template word<kRows, kWide>(at, table, sum);
-      for (int b = 0; b < kWide; ++b) at[b] += 2 * kBlock;
-      for (int t = 0; t < kRows; ++t) table[t] += Unit::kTable;
+      each<kWide>(SH_EACH(b) { at[b] += 2 * kBlock; });
+      each<kRows>(SH_EACH(t) { table[t] += Unit::kTable; });
     }
-    for (int b = 0; b < kWide; ++b) {
+    each<kWide>(SH_EACH(b) {
       Total scale[2];
       scales_of(w, block + b, group, scale);
       ask_for(w.scales + w.scales_at(block + b, group) * element_size(w.scale_dtype) + kAhead / 2);
-      for (int t = 0; t < kRows; ++t) {
+      each<kRows>(SH_EACH(t) {
         if constexpr (sizeof(typename Unit::Number) == 1) {
           const float step = p.steps[(row + t) * w.groups + group];
-          for (int n = 0; n < 2; ++n)
-            add_scaled(scale[n] * step, sum[t][b][n].total(), total[t][b]);
+          each<2>(SH_EACH(n) { add_scaled(scale[n] * step, sum[t][b][n].total(), total[t][b]); });
         } else {
-          for (int n = 0; n < 2; ++n) add_scaled(scale[n], sum[t][b][n].total(), total[t][b]);
+          each<2>(SH_EACH(n) { add_scaled(scale[n], sum[t][b][n].total(), total[t][b]); });
         }
-      }
-    }
+      });
+    });
   }
-  for (int t = 0; t < kRows; ++t)
-    for (int b = 0; b < kWide; ++b) store_block(p, row + t, block + b, total[t][b]);
+  each<kRows>(
+      SH_EACH(t) { each<kWide>(SH_EACH(b) { store_block(p, row + t, block + b, total[t][b]); }); });
 }
 
 template <class Unit, int kWide>

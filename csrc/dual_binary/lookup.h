@@ -12,6 +12,21 @@ using U16 = uint32_t __attribute__((vector_size(64)));
 using D16 = double __attribute__((vector_size(128)));
 using L16 = int64_t __attribute__((vector_size(128)));
 
+// f(0) ... f(kCount - 1) with constants, from which on the compiler keeps arrays of sums in registers: a loop
+// that it unrolls itself is one too late.
+template <int kValue>
+struct Constant {
+  SH_INLINE constexpr operator int() const { return kValue; }
+};
+template <int kCount, class F>
+SH_INLINE void each(F f) {
+  if constexpr (kCount > 0) {
+    each<kCount - 1>(f);
+    f(Constant<kCount - 1>());
+  }
+}
+#define SH_EACH(i) [&](auto i) __attribute__((always_inline))
+
 template <class V, class T>
 SH_INLINE void load_lanes(const T* from, V& to) {
   static_assert(sizeof(V) == 16 * sizeof(T), "16 lanes");
@@ -136,29 +151,29 @@ struct FloatUnit {
   SH_INLINE static void word(const uint32_t* const (&at)[kWide], const float* const (&table)[kRows],
                              Sum (&sum)[kRows][kWide][2]) {
     __m512i w[kWide][2];
-    for (int b = 0; b < kWide; ++b) w[b][1] = _mm512_loadu_si512(at[b] + kBlock);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      for (int b = 0; b < kWide; ++b)
+    each<kWide>(SH_EACH(b) { w[b][1] = _mm512_loadu_si512(at[b] + kBlock); });
+    each<2>(SH_EACH(half) {
+      each<kWide>(SH_EACH(b) {
         w[b][0] = _mm512_loadu_si512(reinterpret_cast<const char*>(at[b]) + 2 * half);
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        for (int t = 0; t < kRows; ++t) {
+      });
+      each<4>(SH_EACH(n) {
+        each<kRows>(SH_EACH(t) {
           const __m512 sums = _mm512_loadu_ps(table[t] + 64 * half + 16 * n);
-          for (int b = 0; b < kWide; ++b) {
-            for (int p = 0; p < 2; ++p) {
-              // Two sums where there are few, or additions would wait for each other.
-              __m512& s = kRows == 1 && n % 2 == 1 ? sum[t][b][p].odd : sum[t][b][p].even;
-              s = _mm512_add_ps(s, _mm512_permutexvar_ps(w[b][p], sums));
-            }
-          }
-        }
-        for (int b = 0; b < kWide; ++b) {
+          each<2 * kWide>(SH_EACH(i) {
+            Sum& of = sum[t][i / 2][i % 2];
+            // Two sums where there are few, or additions would wait for each other.
+            __m512& s = kRows == 1 && n % 2 == 1 ? of.odd : of.even;
+            s = _mm512_add_ps(s, _mm512_permutexvar_ps(w[i / 2][i % 2], sums));
+            // Now: the compiler would put additions off until it has no registers left.
+            asm volatile("" : "+v"(s));
+          });
+        });
+        each<kWide>(SH_EACH(b) {
           if (n < 3) w[b][0] = _mm512_srli_epi32(w[b][0], 4);
           if (n < 3 || half == 0) w[b][1] = _mm512_srli_epi32(w[b][1], 4);
-        }
-      }
-    }
+        });
+      });
+    });
   }
 };
 #elif defined(__AVX2__)
@@ -252,39 +267,41 @@ struct Int8Unit {
                              const int8_t* const (&table)[kRows], Sum (&sum)[kRows][kWide][2]) {
     const __m512i ones = _mm512_set1_epi32(0x01010101);
     __m512i w[kWide][2], pairs[kRows][kWide][2];
-    for (int b = 0; b < kWide; ++b)
-      for (int p = 0; p < 2; ++p) w[b][p] = _mm512_loadu_si512(at[b] + p * kBlock);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    each<2 * kWide>(
+        SH_EACH(i) { w[i / 2][i % 2] = _mm512_loadu_si512(at[i / 2] + i % 2 * kBlock); });
+    each<8>(SH_EACH(j) {
       __m512i bits[kWide][2];
-      for (int b = 0; b < kWide; ++b)
-        for (int p = 0; p < 2; ++p) {
-          bits[b][p] = _mm512_and_si512(w[b][p], ones);
-          if (j < 7) w[b][p] = _mm512_srli_epi32(w[b][p], 1);
-        }
-      for (int t = 0; t < kRows; ++t) {
+      each<2 * kWide>(SH_EACH(i) {
+        __m512i& words = w[i / 2][i % 2];
+        bits[i / 2][i % 2] = _mm512_and_si512(words, ones);
+        if (j < 7) words = _mm512_srli_epi32(words, 1);
+      });
+      each<kRows>(SH_EACH(t) {
         int32_t four;
         __builtin_memcpy(&four, table[t] + 4 * j, 4);
         const __m512i x = _mm512_set1_epi32(four);
-        for (int b = 0; b < kWide; ++b)
-          for (int p = 0; p < 2; ++p) {
-            if constexpr (kDot) {
-              // Chosen at run time; this file is compiled for machines without it, too.
-              asm("vpdpbusd %2, %1, %0" : "+v"(sum[t][b][p].sum) : "v"(bits[b][p]), "v"(x));
-            } else {
-              // At most 8 times 2 x 128: no sum of 16 bits overflows.
-              const __m512i two = _mm512_maddubs_epi16(bits[b][p], x);
-              pairs[t][b][p] = j == 0 ? two : _mm512_add_epi16(pairs[t][b][p], two);
-            }
+        each<2 * kWide>(SH_EACH(i) {
+          const __m512i bit = bits[i / 2][i % 2];
+          if constexpr (kDot) {
+            // Chosen at run time; this file is compiled for machines without it, too.
+            asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum[t][i / 2][i % 2].sum) : "v"(bit), "v"(x));
+          } else {
+            // At most 8 times 2 x 128: no sum of 16 bits overflows.
+            const __m512i two = _mm512_maddubs_epi16(bit, x);
+            __m512i& pair = pairs[t][i / 2][i % 2];
+            pair = j == 0 ? two : _mm512_add_epi16(pair, two);
           }
-      }
-    }
+        });
+      });
+    });
     if constexpr (!kDot)
-      for (int t = 0; t < kRows; ++t)
-        for (int b = 0; b < kWide; ++b)
-          for (int p = 0; p < 2; ++p)
-            sum[t][b][p].sum = _mm512_add_epi32(
-                sum[t][b][p].sum, _mm512_madd_epi16(pairs[t][b][p], _mm512_set1_epi16(1)));
+      each<kRows>(SH_EACH(t) {
+        each<2 * kWide>(SH_EACH(i) {
+          const __m512i two = _mm512_madd_epi16(pairs[t][i / 2][i % 2], _mm512_set1_epi16(1));
+          __m512i& s = sum[t][i / 2][i % 2].sum;
+          s = _mm512_add_epi32(s, two);
+        });
+      });
   }
 #else
   struct Sum {

@@ -72,18 +72,11 @@ int64_t rows_of_panel(const FdbWeight& w, int64_t item) {
   return rows < kBlock ? kBlock : rows;
 }
 
-// Calls f(a panel, its rows as a tensor [count, K] of `dtype`) for all rows of W.
-template <class F>
-void each_panel(const FdbWeight& w, const Tensor& like, F f) {
-  const int64_t item = int64_t(like.element_size()), most = rows_of_panel(w, item);
-  const Tensor memory = torch::stable::new_empty(like, {(most < w.rows ? most : w.rows), w.columns},
-                                                 like.scalar_type());
-  advise_huge_pages(memory, memory.numel() * item);
-  for (int64_t first = 0; first < w.rows; first += most) {
-    const int64_t left = w.rows - first, count = left < most ? left : most;
-    Tensor part = memory;
-    f(first, count, torch::stable::narrow(part, 0, 0, count));
-  }
+// [rows, columns] in memory that the thread keeps: pages of fresh memory would cost as much as a panel.
+Tensor panel_memory(const Tensor& like, int64_t rows, int64_t columns) {
+  char* const memory = align_up(thread_scratch(rows * columns * int64_t(like.element_size()) + 64));
+  return torch::stable::from_blob(memory, {rows, columns}, {columns, 1}, like.device(),
+                                  like.scalar_type());
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -109,8 +102,7 @@ struct Cpu {
     const int64_t of_row = kernels().table_bytes(p), held = kTableBytes / (of_row + 1);
     const int64_t rows = held < 4 ? 4 : held / 4 * 4, most = rows < p.m ? rows : p.m;
     const Tensor memory = torch::stable::new_empty(like, {most * of_row + 64}, ScalarType::Byte);
-    char* const tables = reinterpret_cast<char*>(
-        (reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) & ~uintptr_t(63));
+    char* const tables = align_up(memory.data_ptr());
     const bool dot = has_dot();
     for (int64_t first = 0; first < p.m; first += most) {
       const int64_t left = p.m - first, count = left < most ? left : most;
@@ -130,13 +122,16 @@ struct Cpu {
       bias = torch::stable::new_empty(x, {w.rows}, x.scalar_type());
       std::memcpy(bias->data_ptr(), p.bias, w.rows * x.element_size());
     }
-    each_panel(w, x, [&](int64_t first, int64_t count, const Tensor& numbers) {
+    const int64_t most = rows_of_panel(w, int64_t(x.element_size()));
+    for (int64_t first = 0; first < w.rows; first += most) {
+      const int64_t left = w.rows - first, count = left < most ? left : most;
+      const Tensor numbers = panel_memory(x, count, w.columns);
       write_panel({w, first, count, 0, w.groups, static_cast<char*>(numbers.data_ptr()), p.dtype});
       std::optional<Tensor> part;
       if (bias) part = torch::stable::narrow(*bias, 0, first, count);
       Tensor to = torch::stable::narrow(y, 1, first, count);
       torch::stable::copy_(to, linear(x, numbers, part));
-    });
+    }
   }
 
   static void quantize(const FdbQuantizing& q, const Tensor&) {
@@ -150,14 +145,9 @@ struct Cpu {
     const int64_t columns = w.group_columns(), item = int64_t(d_x.element_size());
     const int64_t held = kPanelBytes / (w.rows * columns * item + 1);
     const int64_t most = held < 1 ? 1 : held < w.groups ? held : w.groups;
-    const Tensor memory =
-        torch::stable::new_empty(d_x, {w.rows * most * columns}, d_x.scalar_type());
-    advise_huge_pages(memory, memory.numel() * item);
     for (int64_t first = 0; first < w.groups; first += most) {
       const int64_t left = w.groups - first, count = left < most ? left : most;
-      Tensor flat = memory;
-      const Tensor numbers = torch::stable::view(
-          torch::stable::narrow(flat, 0, 0, w.rows * count * columns), {w.rows, count * columns});
+      const Tensor numbers = panel_memory(d_x, w.rows, count * columns);
       write_panel(
           {w, 0, w.rows, first, count, static_cast<char*>(numbers.data_ptr()), dtype_of(numbers)});
       Tensor to = torch::stable::narrow(d_x, 1, first * columns, count * columns);

@@ -48,11 +48,6 @@ int64_t rows_of_tile(int64_t n, int64_t width, int64_t item) {
   return (rows + 5) / 6 * 6;
 }
 
-// The next address that a vector may be stored to.
-char* align_up(void* memory) {
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t(63));
-}
-
 template <class Real>
 struct TileMemory {
   int64_t residual, scores, waiting;
