@@ -199,15 +199,17 @@ class FDBLinear(nn.Module):
         return made + (exact.half().float() - exact)  # the sum is exact: what float16 has
 
     def quantized(self) -> FDBWeight:
-        """The weight as it is now."""
+        """The weight as it is now. Raises ValueError where its parts are sharded."""
         if self.frozen:
             packed = ops.FDBPacked(self.planes, self.alpha, self.in_features)
             return FDBWeight(*ops.fdb_unpack(packed))
+        if hasattr(self.change, "full_tensor"):
+            raise ValueError("the layer is sharded: load its full state dict into one that is not")
         return FDBWeight.nearest(self.latent.detach().float(), self.scales().detach().half())
 
     def freeze(self) -> FDBLinear:
         """Keep bits and scales alone, in place; a second time nothing. Returns the layer. Raises
-        ValueError for scales that have become infinite."""
+        ValueError for scales that have become infinite, and where its parts are sharded."""
         if self.frozen:
             return self
         packed = self.quantized().pack()
