@@ -72,6 +72,10 @@ def test_the_model_is_what_it_was(llama):
     account(model)
     assert model.training
     assert all(each.grad is None for each in model.parameters())
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    account(normed, torch.ones(3, 4))
+    assert normed.training
+    assert normed[1].num_batches_tracked == 0
 
 
 def test_nothing_to_count():
