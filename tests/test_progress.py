@@ -30,3 +30,14 @@ def test_nothing_done_is_no_line(clock: list[float], capsys: pytest.CaptureFixtu
     clock[0] = 60.0
     report("part 3", 0, 10)
     assert capsys.readouterr().out == ""
+
+
+def test_what_an_earlier_process_has_done_is_no_rate(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = progress.Progress("steps", 20)
+    clock[0] = 10.0
+    report("stage", 20, 40)
+    clock[0] = 20.0
+    report("stage", 25, 40)
+    assert capsys.readouterr().out == "stage  25 of 40 steps  0.25 steps/s  1:00 left\n"

@@ -8,9 +8,10 @@
 
 namespace stillhouse {
 
+constexpr uintptr_t kHugePage = 1 << 21;
+
 // Page faults of a fresh gradient cost as much as the kernel; huge pages make them 512 times fewer.
 inline void advise_huge_pages(const Tensor& x, int64_t bytes) {
-  constexpr uintptr_t kHugePage = 1 << 21;
   const uintptr_t begin =
       (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + bytes) & ~(kHugePage - 1);

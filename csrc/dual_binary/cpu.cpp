@@ -241,41 +241,46 @@ SH_INLINE void write_word(uint32_t one, uint32_t two, const T (&level)[4], T* ou
   write_some(one, two, level, kWord, out);
 }
 
-template <class Real, class S, class T>
-void dequantize_rows(const FdbPanel& panel, const S* scales, T* out, int64_t lo, int64_t hi) {
+// A block at a time, whose scales become levels together.
+template <class V, class T>
+void dequantize_blocks(const FdbPanel& panel, T* out, int64_t lo, int64_t hi) {
   const FdbWeight& w = panel.weight;
   const int64_t columns = w.group_columns(), words = w.group_words();
-  for (int64_t row = lo; row < hi; ++row) {
-    const int64_t n = panel.first_row + row, block = n / kBlock, lane = n % kBlock;
-    T* to = out + row * panel.count_groups * columns;
-    for (int64_t g = panel.first_group; g < panel.first_group + panel.count_groups; ++g) {
-      const S* const scale = scales + w.scales_at(block, g) + lane;
-      const Real first = Real(widen(scale[0])), second = Real(widen(scale[kBlock]));
-      T level[4];
-      narrow(Real(0), level[0]);
-      narrow(first, level[1]);
-      narrow(second, level[2]);
-      narrow(first + second, level[3]);
-      const uint32_t* at = w.words_of(block, g) + lane;
-      int64_t left = columns;
-      for (int64_t i = 0; i < words; ++i, at += 2 * kBlock, to += kWord, left -= kWord) {
-        if (left >= kWord) {
-          write_word(at[0], at[kBlock], level, to);
-        } else {
-          write_some(at[0], at[kBlock], level, left, to);
+  const int64_t width = panel.count_groups * columns;
+  for (int64_t b = lo; b < hi; ++b) {
+    const int64_t block = panel.first_row / kBlock + b, left = panel.count_rows - b * kBlock;
+    for (int64_t g = 0; g < panel.count_groups; ++g) {
+      V scale[2];
+      scales_of(w, block, panel.first_group + g, scale);
+      const V both = scale[0] + scale[1];
+      T level[kBlock][4];
+      for (int64_t i = 0; i < kBlock; ++i) {
+        narrow(decltype(both[0] + 0)(0), level[i][0]);
+        narrow(scale[0][i], level[i][1]);
+        narrow(scale[1][i], level[i][2]);
+        narrow(both[i], level[i][3]);
+      }
+      const uint32_t* const of_group = w.words_of(block, panel.first_group + g);
+      T* to = out + b * kBlock * width + g * columns;
+      for (int64_t i = 0; i < kBlock && i < left; ++i, to += width) {
+        const uint32_t* at = of_group + i;
+        int64_t column = 0;
+        for (int64_t word = 0; word < words; ++word, at += 2 * kBlock, column += kWord) {
+          if (columns - column >= kWord) {
+            write_word(at[0], at[kBlock], level[i], to + column);
+          } else {
+            write_some(at[0], at[kBlock], level[i], columns - column, to + column);
+          }
         }
       }
-      to += left;  // a part of a word was left out
     }
   }
 }
 
 void dequantize(const FdbPanel& panel, int64_t lo, int64_t hi) {
   with_type(panel.dtype, panel.out, [&](auto* out) {
-    with_type(panel.weight.scale_dtype, const_cast<char*>(panel.weight.scales), [&](auto* scales) {
-      using Real = std::conditional_t<sizeof(*out) == 8, double, float>;
-      dequantize_rows<Real>(panel, scales, out, lo, hi);
-    });
+    using V = std::conditional_t<sizeof(*out) == 8, D16, F16>;
+    dequantize_blocks<V>(panel, out, lo, hi);
   });
 }
 

@@ -51,7 +51,8 @@ struct FdbQuantizing {
   float* steps;      // [M, g]
 };
 
-// A part of W as numbers: its rows first_row ... and groups first_group ..., [count_rows, count_groups G].
+// A part of W as numbers: its rows from first_row (a multiple of 16) and groups from first_group on,
+// [count_rows, count_groups G].
 struct FdbPanel {
   FdbWeight weight;
   int64_t first_row, count_rows, first_group, count_groups;
@@ -77,7 +78,7 @@ struct FdbKernels {
   void (*product)(const FdbProduct& p, const char* tables, int64_t first, int64_t count, int64_t lo,
                   int64_t hi, bool dot);  // blocks lo ... hi of y's columns, rows first ... of x
   void (*quantize)(const FdbQuantizing& q, int64_t lo, int64_t hi);   // rows
-  void (*dequantize)(const FdbPanel& panel, int64_t lo, int64_t hi);  // rows of the panel
+  void (*dequantize)(const FdbPanel& panel, int64_t lo, int64_t hi);  // blocks of its rows
   void (*scale_sums)(const FdbScaleSums& s, int64_t lo, int64_t hi);  // rows
 };
 

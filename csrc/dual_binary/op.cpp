@@ -63,7 +63,8 @@ bool multiplies(const FdbProduct& p) {
 }
 
 void write_panel(const FdbPanel& panel) {
-  parallel(panel.count_rows, kWorth / (panel.count_groups * panel.weight.group_columns() + 1),
+  const int64_t of_block = kBlock * panel.count_groups * panel.weight.group_columns();
+  parallel(ceil_div(panel.count_rows, kBlock), kWorth / (of_block + 1),
            [&](int64_t lo, int64_t hi) { kernels().dequantize(panel, lo, hi); });
 }
 
@@ -181,12 +182,21 @@ struct Cpu {
 
 }  // namespace
 
-// A contiguous copy in huge pages, where it is large enough to have some: words that are read once from end
-// to end cost a page fault's worth of walks on small ones.
+// A contiguous copy that begins with a huge page, where it is as large as one: a weight is read once from end
+// to end, and would wait at every small page.
 Tensor in_huge_pages(const Tensor& x) {
-  Tensor copy = torch::stable::new_empty(
-      x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), x.scalar_type());
-  advise_huge_pages(copy, copy.numel() * int64_t(copy.element_size()));
+  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t item = int64_t(x.element_size()), spare = kHugePage / item;
+  Tensor copy;
+  if (x.numel() < spare) {
+    copy = torch::stable::new_empty(x, shape, x.scalar_type());
+  } else {
+    Tensor all = torch::stable::new_empty(x, {x.numel() + spare}, x.scalar_type());
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(all.data_ptr());
+    const int64_t ahead = int64_t(-begin & (kHugePage - 1)) / item;
+    copy = torch::stable::view(torch::stable::narrow(all, 0, ahead, x.numel()), shape);
+    advise_huge_pages(copy, x.numel() * item);
+  }
   return torch::stable::copy_(copy, x);
 }
 

@@ -72,6 +72,44 @@ def capture(
     raise typer.Exit(exit_code(action, traceback_wanted=debug))
 
 
+@app.command(
+    help="Quantize a language model to two bits a weight: least squares, then scales that learn "
+    "from the original. Leaves the best model, a report and plots.",
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
+def quantize(
+    model: str = typer.Option(
+        "smollm2", help="hub id, folder, .gguf file, smollm2, or layers:0,1,2@MODEL"
+    ),
+    data: str = typer.Option("stdlib-docs", help="as for distill"),
+    out: str = typer.Option("runs/quantize", help="folder for the model, the report and plots"),
+    group_size: int = typer.Option(64, help="weights that share two scales"),
+    steps: int = typer.Option(
+        40,
+        help="of each of two distillations, KD and DAD; 0 skips them (40 of smollm2 and all else "
+        "take about 8 minutes on two cores)",
+    ),
+    batch_size: int = typer.Option(8, help="examples of a step"),
+    max_length: int = typer.Option(128, help="tokens of an example, as for distill"),
+    learning_rate: float = typer.Option(2e-2, help="of the scales, relative; it falls to 0"),
+    eval_data: str | None = typer.Option(None, help="as for distill, which holds it out"),
+    eval_share: float = typer.Option(0.08, help="as for distill, which holds it out"),
+    eval_tokens: int = typer.Option(8192, help="of the held-out text, at most about so many"),
+    seed: int = typer.Option(0, help="of the order of the examples"),
+    resume: bool = typer.Option(False, help="go on with the run that was stopped in --out"),
+    overwrite: bool = typer.Option(False, help="start again in --out, unless --resume is given"),
+    debug: bool = typer.Option(False, help="show the traceback of an error"),
+) -> None:
+    given = {name: value for name, value in locals().items() if name != "debug"}
+
+    def action() -> None:
+        from stillhouse.recipes import quantize as job
+
+        job.quantize(job.QuantizeArguments(**given))
+
+    raise typer.Exit(exit_code(action, traceback_wanted=debug))
+
+
 @app.command(help="List the methods, or show one: equation, defaults, example.")
 def methods(
     id: str | None = typer.Argument(None, help="a method, such as taid"),

@@ -15,21 +15,22 @@ def time_left(seconds: float) -> str:
 class Progress:
     """Prints `NAME  17,272 of 82,872 rows  1,707 rows/s  0:38 left` every ten seconds.
 
-    `unit` is the plural of what is counted.
+    `unit` is the plural of what is counted; `begun` of them were done by an earlier process.
     """
 
-    def __init__(self, unit: str):
-        self.unit = unit
+    def __init__(self, unit: str, begun: int = 0):
+        self.unit, self.begun = unit, begun
         self._began = self._said = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """So many of all units are done."""
         now = time.monotonic()
-        if now - self._said < EVERY or not done:
+        if now - self._said < EVERY or done <= self.begun:
             return
-        self._said, rate = now, done / (now - self._began)
+        self._said, rate = now, (done - self.begun) / (now - self._began)
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         print(
-            f"{name}  {done:,} of {total:,} {self.unit}  {rate:,.0f} {self.unit}/s  "
+            f"{name}  {done:,} of {total:,} {self.unit}  {shown} {self.unit}/s  "
             f"{time_left((total - done) / rate)}",
             flush=True,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stillhouse.nn.surgery import replace_modules_
+from stillhouse.progress import Progress
 from stillhouse.train import Stage, run_stages
 
 
@@ -152,6 +153,26 @@ def test_batches_are_skipped(tmp_path):
         whole, [Stage("all", loss, 5, data=batches)]
     )
     assert torch.equal(resumed[0].weight, whole[0].weight)
+
+
+def test_progress_counts_the_steps_of_this_process(tmp_path, monkeypatch):
+    def data(step):
+        if step == 4:
+            raise Cut
+        return batch(step)
+
+    options = dict(resume=tmp_path / "file", save_every=3)
+    with pytest.raises(Cut):
+        run_stages(model(), [Stage("all", loss, 5, data=data)], **options)
+    begun = []
+
+    def progress(unit, done):
+        begun.append(done)
+        return Progress(unit, done)
+
+    monkeypatch.setattr("stillhouse.train.stages.Progress", progress)
+    run_stages(model(), [Stage("all", loss, 5, data=batch)], **options)
+    assert begun == [3]
 
 
 def test_an_optimizer_of_ones_own_and_no_data():

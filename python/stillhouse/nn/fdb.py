@@ -223,15 +223,17 @@ class FDBLinear(nn.Module):
         return fdb_reference.untile_scales(self.tile_scales, self.out_features)
 
     def quantized(self) -> FDBWeight:
-        """The weight as it is now."""
+        """The weight as it is now. Raises ValueError where its parts are sharded."""
         if self.frozen:
             return FDBWeight(*ops.fdb_unpack(self._packed()))
+        if hasattr(self.change, "full_tensor"):
+            raise ValueError("the layer is sharded: load its full state dict into one that is not")
         return FDBWeight.nearest(self.latent.detach().float(), self.scales().detach().half())
 
     def freeze(self, activations: str | None = None) -> FDBLinear:
         """Keep bits and scales alone, in place; a second time nothing but `activations`, which None
         leaves as they are. Returns the layer. Raises ValueError for scales that have become
-        infinite."""
+        infinite, and where its parts are sharded."""
         _check_activations(activations)
         if not self.frozen:
             packed = self.quantized().pack()

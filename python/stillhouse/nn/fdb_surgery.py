@@ -51,8 +51,8 @@ def quantize_fdb_(
     `freeze_fdb_` ends it.
 
     Raises ValueError where no layer is left, for a layer with columns that are no multiple of
-    `group_size`, weights that are not finite, and a weight that is shared with another module (a
-    tied head): the model is then what it was.
+    `group_size`, weights that are not finite, a weight that is shared with another module (a tied
+    head), and a model that `fully_shard` has sharded: the model is then what it was.
 
     Defaults: groups of 64, heads and embeddings at full precision (paper); scales from least
     squares (ours: "paper" takes half of the largest weight).
@@ -67,6 +67,7 @@ def quantize_fdb_(
         >>> model[0]
         FDBLinear(in_features=64, out_features=32, bias=True, group_size=32, frozen=False)
     """
+    _require_whole(model, "quantize it before fully_shard")
     words = [skip] if isinstance(skip, str) else list(skip)
 
     def wanted(path: str, module: nn.Module) -> bool:
@@ -94,13 +95,17 @@ def quantize_fdb_(
         made[id(module)] = layer
         layers.append(_row(path, module, layer))
         said("dual-binary", number, len(found))
-    before = _bytes(model)
+    _, before = packed_size(model)
     replace_modules_(model, wanted, lambda path, module: made[id(module)])
-    return FDBReport(layers, 2 + 32 / group_size, before, _bytes(model))
+    return FDBReport(layers, 2 + 32 / group_size, before, packed_size(model)[1])
 
 
 def freeze_fdb_(model: nn.Module, activations: str | None = None) -> int:
-    """`FDBLinear.freeze` of all of a model, in place; returns how many there are."""
+    """`FDBLinear.freeze` of all of a model, in place; returns how many there are.
+
+    Raises ValueError for a model that `fully_shard` has sharded, and for scales that have become
+    infinite."""
+    _require_whole(model, "load its full state dict into one that is not, and freeze that")
     layers = [module for module in model.modules() if isinstance(module, FDBLinear)]
     for layer in layers:
         layer.freeze(activations)
@@ -112,6 +117,33 @@ def has_fdb(model: nn.Module) -> bool:
     return any(isinstance(module, FDBLinear) for module in model.modules())
 
 
+def packed_size(model: nn.Module) -> tuple[int, int]:
+    """Number of weights, and bytes of them, dual-binary layers packed; what is shared counts once.
+    Buffers do not count."""
+    dense = {}
+    weights = size = 0
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        if isinstance(module, FDBLinear):
+            words = -(-module.in_features // 32)
+            scales = module.in_features // module.group_size
+            weights += module.out_features * module.in_features
+            size += 2 * module.out_features * (4 * words + 2 * scales)
+            own = [] if module.bias is None else [module.bias]
+        dense |= {id(each): each for each in own}
+    weights += sum(each.numel() for each in dense.values())
+    return weights, size + sum(each.numel() * each.element_size() for each in dense.values())
+
+
+def _require_whole(model: nn.Module, instead: str) -> None:
+    # Between a forward and a backward the weights of a sharded model may look whole.
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ValueError(f"the model is sharded: {instead}")
+
+
 def _row(path: str, module: nn.Linear, layer: FDBLinear) -> FDBLayer:
     with torch.no_grad():
         fdb, weight = layer.quantized(), module.weight.float()
@@ -119,18 +151,3 @@ def _row(path: str, module: nn.Linear, layer: FDBLinear) -> FDBLayer:
         power = weight.square().mean().item()
     share = mse / power if power else 0.0
     return FDBLayer(path, weight.numel(), mse, share, tuple(fdb.density().tolist()))
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of the parameters, dual-binary layers packed."""
-    dense = {}
-    total = 0
-    for module in model.modules():
-        own = module.parameters(recurse=False)
-        if isinstance(module, FDBLinear):
-            words = -(-module.in_features // 32)
-            scales = module.in_features // module.group_size
-            total += 2 * module.out_features * (4 * words + 2 * scales)
-            own = [] if module.bias is None else [module.bias]
-        dense |= {id(each): each for each in own}
-    return total + sum(each.numel() * each.element_size() for each in dense.values())

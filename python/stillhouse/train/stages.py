@@ -111,7 +111,7 @@ def run_stages(
             optimizer = _optimizer(model, stage)
             if first:
                 optimizer.load_state_dict(state["optimizer"])
-            batches, progress = _batches(stage, first), Progress("steps")
+            batches, progress = _batches(stage, first), Progress("steps", first)
             for step in range(first, stage.steps):
                 history.append(_step(model, stage, optimizer, next(batches), step))
                 if hasattr(stage.loss, "update"):

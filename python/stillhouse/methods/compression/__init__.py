@@ -1,5 +1,6 @@
 """Methods for smaller models."""
 
+from stillhouse.methods.compression.account import Account, account
 from stillhouse.methods.compression.db_llm import (
     EntropyWeightedLoss,
     entropy_weighted_kd,
@@ -10,7 +11,9 @@ from stillhouse.methods.compression.db_llm import (
 )
 
 __all__ = [
+    "Account",
     "EntropyWeightedLoss",
+    "account",
     "entropy_weighted_kd",
     "freeze_fdb_",
     "load_fdb",
