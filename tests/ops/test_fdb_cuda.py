@@ -5,6 +5,9 @@ import torch
 
 from stillhouse.ops import divergence_autograd, fdb_reference
 
+pytestmark = pytest.mark.parametrize(
+    "kernels", ["simt", "cuda"], indirect=True, ids=["kernels-simt", "kernels-cuda"]
+)
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Rows of x on either side of every choice.
 ROWS = [1, 2, 3, 7, 9, 17, 65, 130]
