@@ -112,7 +112,8 @@ STILLHOUSE_LIBRARY(m) {
   m.def("fdb_matmul(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int rows) -> Tensor");
   // Of int8 rows, number i of group j worth steps[., j] i; steps float32 [M, g].
   m.def(
-      "fdb_matmul_int8(Tensor x, Tensor steps, Tensor tiles, Tensor scales, Tensor? bias, int rows, "
+      "fdb_matmul_int8(Tensor x, Tensor steps, Tensor tiles, Tensor scales, Tensor? bias, int "
+      "rows, "
       "ScalarType dtype) -> Tensor");
   // int8 [M, K] to nearest, ties to even, and steps: a group's largest number / 127.
   m.def("fdb_quantize(Tensor x, int groups) -> (Tensor, Tensor)");

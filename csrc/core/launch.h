@@ -86,6 +86,8 @@ struct alignas(16) Vector16 {
       word[i / 2] = (word[i / 2] & other) | uint32_t(x.bits) << 16 * (i % 2);
     } else if constexpr (std::is_same<T, float>::value) {
       word[i] = as_bits(x);
+    } else if constexpr (std::is_same<T, uint32_t>::value) {
+      word[i] = x;
     } else {
       static_assert(std::is_same<T, double>::value, "a float of 2, 4 or 8 bytes");
       __builtin_memcpy(word + 2 * i, &x, sizeof x);

@@ -21,6 +21,7 @@ TESTS = {
         "or pairwise and 1025 or debiased or points_are and 3 or any_length and 4097)",
         ["tests/ops/test_sinkhorn.py", "tests/ops/test_pairwise_l1.py"],
     ),
+    "dual_binary": ("simt and (shape1 or shape2)", ["tests/ops/test_fdb_cuda.py"]),
     "rvq": (
         "simt and (tensor_cores or room_for or brute_force and shape1 and dtype0 or nearest_of "
         "or draws_are or codes_and_outputs or not_narrow or along_codes)",
