@@ -18,6 +18,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-Wno-psabi",
     "-DSTILLHOUSE_ISA=baseline",
     "-static",
 ]
@@ -93,3 +94,34 @@ def test_neon_quantizer(quantizer, tmp_path, n, width, codes):
     found = ops.rvq(x.double(), tables.double())
     assert torch.equal(result[: n * 3].view(n, 3).long(), expected)
     torch.testing.assert_close(result[n * 3 :].view(n, 3), found.error.float())
+
+
+@pytest.fixture(scope="module")
+def multiplier(build):
+    return build("neon_fdb_driver.cpp")
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "columns", "group"), [(1, 16, 128, 64), (3, 21, 130, 65), (2, 5, 39, 13)]
+)
+def test_neon_dual_binary(multiplier, tmp_path, m, rows, columns, group):
+    """Products of integers are exact, whether x is float32 or int8."""
+    planes, alpha = torch.rand(2, rows, columns) < 0.4, torch.randint(-4, 5, (2, rows, 1)) / 2
+    packed = ops.fdb_pack(planes, alpha.expand(2, rows, columns // group).contiguous())
+    x, steps = (
+        torch.randint(-127, 128, (m, columns)).float(),
+        torch.full((m, packed.scales.shape[1]), 0.5),
+    )
+    packed.tiles.numpy().tofile(tmp_path / "tiles.bin")
+    numbers = torch.cat([each.flatten() for each in (x, steps, packed.scales)])
+    numbers.numpy().tofile(tmp_path / "numbers.bin")
+    arguments = map(str, (m, rows, columns, columns // group))
+    command = [EMULATOR, multiplier, *arguments, "tiles.bin", "numbers.bin", "result.bin"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    result = torch.from_numpy(np.fromfile(tmp_path / "result.bin", dtype=np.float32))
+    weight = (planes * alpha).sum(0)
+    exact = x.double() @ weight.double().T
+    floats, integers, dense = result.split((m * rows, m * rows, rows * columns))
+    assert torch.equal(floats.view(m, rows).double(), exact)
+    assert torch.equal(integers.view(m, rows).double(), exact / 2)
+    assert torch.equal(dense.view(rows, columns), weight)
