@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 SCRATCH=${SCRATCH:-build/gpu}
 STEPS=${STEPS:-test sanitize measure}
-FAMILIES=(divergence kinds sparse linear transport rvq)
+FAMILIES=(divergence kinds sparse linear transport rvq fdb)
 SHAPES=(--shape 512x49152 --shape 256x151936 --shape 512x32000 --shape 65536x256 --shape 8192x4096)
 
 if [ "${1:-}" = --needs ]; then
@@ -108,7 +108,7 @@ if step sanitize && command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck; do
     say "$check"
     compute-sanitizer --tool "$check" --error-exitcode 9 --target-processes all \
-      "$PYTHON" -m pytest tests/ops/test_{parity,sinkhorn,rvq}.py --device cuda -q -x \
+      "$PYTHON" -m pytest tests/ops/test_{parity,sinkhorn,rvq,fdb_matmul,fdb_cuda}.py --device cuda -q -x \
       -p no:cacheprovider -k "levelcuda and ((guarded or layouts) and not float64 or any_length \
         or narrow or tensor_cores or room_for or along_codes)" \
       | tail -3

@@ -19,9 +19,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .divergence import FLOOR, OURS
+from . import calls
+from .divergence import OURS
 from .grid import Cell, Provider
-from .measure import timed_calls
 
 NAME = "rvq"
 PLAIN, DAC, INFER, TRAIN = "plain", "dac", "infer", "train"
@@ -218,18 +218,11 @@ def runners(
     cell: Cell, providers: list[Provider], device: str
 ) -> dict[str, Callable[[int], float]]:
     """The functions to time at a cell, and the floor."""
-    with torch.device(device):
-        found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
-        found[FLOOR] = build_floor(cell)
-    return timed_calls(found, device)
+    return calls.runners(cell, providers, device, build_floor)
 
 
 def memory_call(
     cell: Cell, name: str, threads: int, device: str
 ) -> tuple[Callable[[], object], int]:
     """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    torch.set_num_threads(threads)
-    with torch.device(device):
-        call = next(p for p in PROVIDERS if p.name == name).build(cell)
-    call()
-    return call, 0
+    return calls.memory_call(PROVIDERS, cell, name, threads, device)

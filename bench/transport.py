@@ -17,9 +17,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .divergence import FLOOR, OURS
+from . import calls
+from .divergence import OURS
 from .grid import Cell, Provider
-from .measure import timed_calls
 
 NAME = "transport"
 SMALL, POINTS, LARGE = "small", "points", "large"
@@ -176,18 +176,11 @@ def runners(
     cell: Cell, providers: list[Provider], device: str
 ) -> dict[str, Callable[[int], float]]:
     """The functions to time at a cell, and the floor."""
-    with torch.device(device):
-        found = {p.name: p.build(cell) for p in providers if p.refuses(cell) is None}
-        found[FLOOR] = build_floor(cell)
-    return timed_calls(found, device)
+    return calls.runners(cell, providers, device, build_floor)
 
 
 def memory_call(
     cell: Cell, name: str, threads: int, device: str
 ) -> tuple[Callable[[], object], int]:
     """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    torch.set_num_threads(threads)
-    with torch.device(device):
-        call = next(p for p in PROVIDERS if p.name == name).build(cell)
-    call()
-    return call, 0
+    return calls.memory_call(PROVIDERS, cell, name, threads, device)
