@@ -96,7 +96,7 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
     """The CSV rows of one cell, one for each provider and one for the floor."""
     family = FAMILIES[cell.family]
     providers = [p for p in family.PROVIDERS if p.name in (options.provider or [p.name])]
-    shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers} | {family.FLOOR: {}}
+    shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers} | {divergence.FLOOR: {}}
     pause = getattr(family, "PAUSE_SECONDS", measure.PAUSE_SECONDS)
     progress.say("preparing")
     calls = family.runners(cell, providers, options.device)
@@ -120,7 +120,7 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
             "three_quarters_ms": f"{high:.4g}",
             "rounds": len(seconds),
         }
-        if name != family.FLOOR and not options.no_memory:
+        if name != divergence.FLOOR and not options.no_memory:
             progress.say(f"memory of {name}")
             peak = measure.peak_memory(
                 *(family.memory_call, cell, name, options.threads, options.device),

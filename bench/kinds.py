@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import divergence
-from .divergence import DTYPES, FLOOR, FORMS, MAIN_SHAPE, OURS, runners, warmed_up
+from .divergence import DTYPES, FORMS, MAIN_SHAPE, OURS, runners, warmed_up
 from .grid import Cell, Provider
 
-__all__ = ["FLOOR", "NAME", "OURS", "PROVIDERS", "grid", "memory_call", "runners"]
+__all__ = ["NAME", "OURS", "PROVIDERS", "grid", "memory_call", "runners"]
 
 NAME = "kinds"
 FORWARD_KL = "forward_kl"

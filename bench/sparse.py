@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .divergence import DTYPES, FLOOR, FORMS, MAIN_SHAPE, OURS, make_logits, runners, warmed_up
+from .divergence import DTYPES, FORMS, MAIN_SHAPE, OURS, make_logits, runners, warmed_up
 from .grid import Cell, Provider
 
-__all__ = ["FLOOR", "NAME", "OURS", "PROVIDERS", "grid", "memory_call", "runners"]
+__all__ = ["NAME", "OURS", "PROVIDERS", "grid", "memory_call", "runners"]
 
 NAME = "sparse"
 K = 64
