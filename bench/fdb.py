@@ -1,8 +1,8 @@
 """The family of dual-binary weights: 4,096 x 4,096 in groups of 64, rows of x from 1 to 256.
 
 Weights are cold: every provider takes turns over so many matrices that they are several times the
-last-level cache. `hot` is one matrix of 2,048 rows again and again, what the kernel can do when
-memory does not hold it up. The floor of a product is one read of the packed bytes (torch's sum of
+last-level cache. `hot` is one matrix of 2,048 rows ten times in a row, what the kernel can do
+when memory does not hold it up. The floor of a product is one read of the packed bytes (torch's sum of
 them), that of `backward` the two dense products of that dtype. `int8` has the quantizing of x in
 its time. Rows of the grid are those of x.
 """
@@ -25,7 +25,8 @@ from .grid import Cell, Provider
 NAME = "fdb"
 FORWARD, INT8, BACKWARD = "forward", "int8", "backward"
 COLD, HOT = "cold", "hot"
-SIZE, GROUP, HOT_ROWS = 4096, 64, 2048
+SIZE, GROUP = 4096, 64
+HOT_ROWS, HOT_CALLS = 2048, 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_BYTES = 2 << 30  # of one provider's matrices
 PAUSE_SECONDS = 0.0  # all providers run on torch's own pool
@@ -79,19 +80,19 @@ def _packed(form: str) -> list:
 
 
 @cache
-def _dense(dtype: torch.dtype, form: str) -> list[Tensor]:
-    rows = HOT_ROWS if form == HOT else SIZE
-    count = 1 if form == HOT else _matrices(rows * SIZE * dtype.itemsize)
-    weight = torch.randn(rows, SIZE).to(dtype)
+def _dense(dtype: torch.dtype) -> list[Tensor]:
+    count = _matrices(SIZE * SIZE * dtype.itemsize)
+    weight = torch.randn(SIZE, SIZE).to(dtype)
     return [weight.clone() for _ in range(count)]
 
 
-def _turns(weights: list, call: Callable[[object], object]) -> Callable[[], None]:
-    turn = itertools.cycle(weights)
+def _turns(cell: Cell, weights: list, call: Callable[[object], object]) -> Callable[[], None]:
+    turn, times = itertools.cycle(weights), HOT_CALLS if cell.form == HOT else 1
 
     def run() -> None:
         with torch.no_grad():
-            call(next(turn))
+            for _ in range(times):
+                call(next(turn))
 
     return run
 
@@ -102,17 +103,17 @@ def build_ours(cell: Cell) -> Callable[[], None]:
 
     x, weights = _rows(cell), _packed(cell.form)
     if cell.kind == FORWARD:
-        return _turns(weights, lambda weight: ops.fdb_matmul(x, weight))
+        return _turns(cell, weights, lambda weight: ops.fdb_matmul(x, weight))
     if cell.kind == INT8:
-        return _turns(weights, lambda w: ops.fdb_matmul(ops.fdb_quantize(x, GROUP), w))
+        return _turns(cell, weights, lambda w: ops.fdb_matmul(ops.fdb_quantize(x, GROUP), w))
     gradient, upstream = torch.ops.stillhouse.fdb_gradient, torch.randn_like(x)
-    return _turns(weights, lambda w: gradient(upstream, x, w.tiles, w.scales, True, True))
+    return _turns(cell, weights, lambda w: gradient(upstream, x, w.tiles, w.scales, True, True))
 
 
 def _build_linear(dtype: torch.dtype) -> Callable[[Cell], Callable[[], None]]:
     def build(cell: Cell) -> Callable[[], None]:
-        x, weights = _rows(cell).to(dtype), _dense(dtype, cell.form)
-        return _turns(weights, lambda weight: linear(x, weight))
+        x, weights = _rows(cell).to(dtype), _dense(dtype)
+        return _turns(cell, weights, lambda weight: linear(x, weight))
 
     return build
 
@@ -120,16 +121,19 @@ def _build_linear(dtype: torch.dtype) -> Callable[[Cell], Callable[[], None]]:
 def build_floor(cell: Cell) -> Callable[[], None]:
     """A read of the packed bytes, or the two dense products."""
     if cell.kind == BACKWARD:
-        x, (weight, *_) = _rows(cell), _dense(DTYPES[cell.dtype], cell.form)
+        x, (weight, *_) = _rows(cell), _dense(DTYPES[cell.dtype])
         upstream = torch.randn_like(x)
         return lambda: (upstream @ weight, upstream.T @ x)
     return _turns(
+        cell,
         _packed(cell.form),
         lambda w: (w.tiles.view(torch.float32).sum(), w.scales.view(torch.float32).sum()),
     )
 
 
 def _dense_refuses(cell: Cell) -> str | None:
+    if cell.form == HOT:
+        return "is measured cold"
     return "has no scales" if cell.kind == BACKWARD else None
 
 

@@ -220,7 +220,23 @@ def rvq(rows: list[dict]) -> list[str]:
     return markdown(["", "", "N x D", "ms", "against", "of bare products", "extra MiB"], body)
 
 
+def fdb(rows: list[dict]) -> list[str]:
+    """Dual-binary weights beside torch's dense layers, and beside what must be read or computed."""
+    body = []
+    names = "kind", "form", "dtype", "rows"
+    for (kind, form, dtype, count), cell in by_cell(rows, *names).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        rivals = [name for name in ms if name not in (OURS, FLOOR)]
+        versus = ", ".join(f"{name} {times(ms[name] / ms[OURS])}" for name in rivals)
+        floor = f"{ms[OURS] / ms[FLOOR]:.2f}x"
+        body.append([f"{kind}, {form}", dtype, count, f"{ms[OURS]:.3g}", versus, floor])
+    return markdown(["", "x", "rows of x", "ms", "against", "of the floor"], body)
+
+
 FAMILIES = {
+    "fdb": fdb,
     "rvq": rvq,
     "transport": transport,
     "step": step,

@@ -22,6 +22,10 @@ constexpr int64_t kAhead = 2048;
 
 SH_INLINE void ask_for(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+SH_INLINE const char* scales_of(const FdbWeight& w, int64_t block, int64_t group) {
+  return w.scales + w.scales_at(block, group) * element_size(w.scale_dtype);
+}
+
 template <class Unit>
 int64_t table_entries(const FdbWeight& w) {
   return w.words() * Unit::kTable;
@@ -85,11 +89,16 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
   for (int t = 0; t < kRows; ++t)
     table[t] = reinterpret_cast<const typename Unit::Entry*>(tables) + (row - first + t) * size;
   const uint32_t* at[kWide];
-  for (int b = 0; b < kWide; ++b) at[b] = w.words_of(block + b, 0);
+  const char* scales[kWide];
+  each<kWide>(SH_EACH(b) {
+    at[b] = w.words_of(block + b, 0);
+    scales[b] = scales_of(w, block + b, 0);
+  });
+  const int64_t of_group = 2 * kBlock * element_size(w.scale_dtype);
   Total total[kRows][kWide] = {};
   for (int64_t group = 0; group < w.groups; ++group) {
     typename Unit::Sum sum[kRows][kWide][2];
-    for (int64_t i = 0; i < words; ++i) {
+    const auto next_word = [&]() __attribute__((always_inline)) {
       each<kWide>(SH_EACH(b) {
         ask_for(reinterpret_cast<const char*>(at[b]) + kAhead);
         ask_for(reinterpret_cast<const char*>(at[b]) + kAhead + 64);
@@ -97,11 +106,18 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
       Unit::template word<kRows, kWide>(at, table, sum);
       each<kWide>(SH_EACH(b) { at[b] += 2 * kBlock; });
       each<kRows>(SH_EACH(t) { table[t] += Unit::kTable; });
+    };
+    if (kRows == 1 && words == 2) {  // groups of 64: their sums never leave registers
+      next_word();
+      next_word();
+    } else {
+      for (int64_t i = 0; i < words; ++i) next_word();
     }
     each<kWide>(SH_EACH(b) {
       Total scale[2];
-      scales_of(w, block + b, group, scale);
-      ask_for(w.scales + w.scales_at(block + b, group) * element_size(w.scale_dtype) + kAhead / 2);
+      load_scales(w.scale_dtype, scales[b], scale);
+      ask_for(scales[b] + kAhead / 2);
+      scales[b] += of_group;
       each<kRows>(SH_EACH(t) {
         if constexpr (sizeof(typename Unit::Number) == 1) {
           const float step = p.steps[(row + t) * w.groups + group];
@@ -251,7 +267,7 @@ void dequantize_blocks(const FdbPanel& panel, T* out, int64_t lo, int64_t hi) {
     const int64_t block = panel.first_row / kBlock + b, left = panel.count_rows - b * kBlock;
     for (int64_t g = 0; g < panel.count_groups; ++g) {
       V scale[2];
-      scales_of(w, block, panel.first_group + g, scale);
+      load_scales(w.scale_dtype, scales_of(w, block, panel.first_group + g), scale);
       const V both = scale[0] + scale[1];
       T level[kBlock][4];
       for (int64_t i = 0; i < kBlock; ++i) {

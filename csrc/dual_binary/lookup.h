@@ -57,13 +57,12 @@ SH_INLINE void widen_lanes(const S* from, D16& to) {
   for (int64_t i = 0; i < kBlock; ++i) to[i] = double(widen(from[i]));
 }
 
-// The two scales of a block's rows in a group.
+// The two scales of a block's rows in a group, which lie at `from`.
 template <class V>
-SH_INLINE void scales_of(const FdbWeight& w, int64_t block, int64_t group, V (&to)[2]) {
-  const int64_t at = w.scales_at(block, group) * element_size(w.scale_dtype);
-  with_type(w.scale_dtype, const_cast<char*>(w.scales) + at, [&](auto* from) {
-    widen_lanes(from, to[0]);
-    widen_lanes(from + kBlock, to[1]);
+SH_INLINE void load_scales(Dtype dtype, const char* from, V (&to)[2]) {
+  with_type(dtype, const_cast<char*>(from), [&](auto* numbers) {
+    widen_lanes(numbers, to[0]);
+    widen_lanes(numbers + kBlock, to[1]);
   });
 }
 
