@@ -1,8 +1,8 @@
 """The family of dual-binary weights: 4,096 x 4,096 in groups of 64, rows of x from 1 to 256.
 
 Weights are cold: every provider takes turns over so many matrices that they are several times the
-last-level cache. `hot` is one matrix of 2,048 rows ten times in a row, what the kernel can do
-when memory does not hold it up. The floor of a product is one read of the packed bytes (torch's sum of
+last-level cache. `hot` is one matrix of 2,048 rows ten times in a row, what the kernel can do when
+memory does not hold it up. The floor of a product is one read of the packed bytes (torch's sum of
 them), that of `backward` the two dense products of that dtype. `int8` has the quantizing of x in
 its time. Rows of the grid are those of x.
 """

@@ -231,7 +231,7 @@ def fdb(rows: list[dict]) -> list[str]:
         rivals = [name for name in ms if name not in (OURS, FLOOR)]
         versus = ", ".join(f"{name} {times(ms[name] / ms[OURS])}" for name in rivals)
         floor = f"{ms[OURS] / ms[FLOOR]:.2f}x"
-        body.append([f"{kind}, {form}", dtype, count, f"{ms[OURS]:.3g}", versus, floor])
+        body.append([f"{kind}, {form}", dtype, str(count), f"{ms[OURS]:.3g}", versus, floor])
     return markdown(["", "x", "rows of x", "ms", "against", "of the floor"], body)
 
 
