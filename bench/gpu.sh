@@ -50,7 +50,7 @@ mkdir -p "$OBJECTS" "$SCRATCH/python"
 COMMON=(-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY
   -isystem "$TORCH/include")
 CXX=(c++ "${COMMON[@]}" -fPIC -fvisibility=hidden -fvisibility-inlines-hidden)
-KERNEL=(-fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math)
+KERNEL=(-Wno-psabi -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math)
 NEWEST=$(find csrc -type f -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
 JOBS=()
 compile() { # object, command …
