@@ -103,10 +103,11 @@ def quantize_fdb_(
 def freeze_fdb_(model: nn.Module, activations: str | None = None) -> int:
     """`FDBLinear.freeze` of all of a model, in place; returns how many there are.
 
-    Raises ValueError for a model that `fully_shard` has sharded, and for scales that have become
-    infinite."""
-    _require_whole(model, "load its full state dict into one that is not, and freeze that")
+    Raises ValueError for such layers in a model that `fully_shard` has sharded, and for scales that
+    have become infinite."""
     layers = [module for module in model.modules() if isinstance(module, FDBLinear)]
+    if layers:
+        _require_whole(model, "load its full state dict into one that is not, and freeze that")
     for layer in layers:
         layer.freeze(activations)
     return len(layers)
