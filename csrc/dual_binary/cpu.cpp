@@ -139,6 +139,7 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
       SH_EACH(t) { each<kWide>(SH_EACH(b) { store_block(p, row + t, block + b, total[t][b]); }); });
 }
 
+// All rows of x but an odd one at the end.
 template <class Unit, int kWide>
 SH_INLINE void look_up_rows(const FdbProduct& p, const char* tables, int64_t first, int64_t count,
                             int64_t block) {
@@ -149,19 +150,24 @@ SH_INLINE void look_up_rows(const FdbProduct& p, const char* tables, int64_t fir
   if constexpr (kRows > 2)
     for (; row + 2 <= first + count; row += 2)
       look_up<Unit, 2, kWide>(p, tables, row, first, block);
-  for (; row < first + count; ++row) look_up<Unit, 1, kWide>(p, tables, row, first, block);
 }
 
+// One row leaves registers for more blocks, which share what is read of its tables.
 template <class Unit>
 void product_of(const FdbProduct& p, const char* tables, int64_t first, int64_t count, int64_t lo,
                 int64_t hi) {
+  constexpr int kWide = Unit::kBlocksOfOne;
+  const int64_t last = first + count - 1;
   int64_t block = lo;
-  // One row leaves registers for more blocks, which share what is read of its tables.
-  for (constexpr int kWide = Unit::kBlocksOfOne; count == 1 && block + kWide <= hi; block += kWide)
-    look_up<Unit, 1, kWide>(p, tables, first, first, block);
-  for (; block + Unit::kBlocks <= hi; block += Unit::kBlocks)
-    look_up_rows<Unit, Unit::kBlocks>(p, tables, first, count, block);
-  for (; block < hi; ++block) look_up_rows<Unit, 1>(p, tables, first, count, block);
+  for (; block + kWide <= hi; block += kWide) {
+    for (int64_t b = block; b < block + kWide; b += Unit::kBlocks)
+      look_up_rows<Unit, Unit::kBlocks>(p, tables, first, count, b);
+    if (count % 2 == 1) look_up<Unit, 1, kWide>(p, tables, last, first, block);
+  }
+  for (; block < hi; ++block) {
+    look_up_rows<Unit, 1>(p, tables, first, count, block);
+    if (count % 2 == 1) look_up<Unit, 1, 1>(p, tables, last, first, block);
+  }
 }
 
 // Calls f with the unit that a product takes.

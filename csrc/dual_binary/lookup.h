@@ -129,8 +129,8 @@ struct FloatUnit {
   static constexpr int kTokens = 4, kBlocks = 2, kBlocksOfOne = 4;
 
   struct Sum {
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    SH_INLINE F16 total() const { return even + odd; }
+    __m512 sum = _mm512_setzero_ps();
+    SH_INLINE F16 total() const { return sum; }
   };
 
   static void build(const float* x, float* table) {
@@ -172,9 +172,7 @@ struct FloatUnit {
         each<kRows>(SH_EACH(t) {
           const __m512 sums = _mm512_loadu_ps(table[t] + 64 * half + 16 * n);
           each<2 * kWide>(SH_EACH(i) {
-            Sum& of = sum[t][i / 2][i % 2];
-            // Two sums where there are few, or additions would wait for each other.
-            __m512& s = kRows * kWide <= 2 && n % 2 == 1 ? of.odd : of.even;
+            __m512& s = sum[t][i / 2][i % 2].sum;
             s = _mm512_add_ps(s, _mm512_permutexvar_ps(choice[i / 2][i % 2], sums));
             // Now: the compiler would put additions off until it has no registers left.
             asm volatile("" : "+v"(s));
