@@ -47,6 +47,10 @@ struct CpuRows {
   const TreeWalk<CpuRows>* walk = nullptr;
 
   template <class F>
+  void write(F f) const {
+    f();
+  }
+  template <class F>
   void each(int64_t count, F f) const {
     if (shared && count > kGrain) {
       torch::stable::parallel_for(0, count, kGrain, f);
@@ -140,7 +144,7 @@ struct CpuRows {
     return found < 0 ? -1 : int32_t(span * kSpan + found);
   }
 
-  int32_t largest(const TreeRow& row) const {
+  int32_t largest(const TreeRow& row, int32_t) const {
     each(spans,
          [&](int64_t lo, int64_t hi) { kernels.largest(row, t.columns, lo, hi, extremes, index); });
     int64_t best = 0;
@@ -189,7 +193,7 @@ struct Cpu {
     for (int64_t tree = 0; tree < links.trees; ++tree) links.build(tree);
   }
   // Trees side by side, where there are as many as threads.
-  static void verify(const TreeProblem& t, const Tensor&) {
+  static void verify(const TreeProblem& t, const int32_t*, const Tensor&) {
     if (t.trees < int64_t(torch::stable::get_num_threads())) {
       for (int64_t tree = 0; tree < t.trees; ++tree) verify_one(t, tree, true);
     } else {

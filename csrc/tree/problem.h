@@ -54,7 +54,7 @@ struct TreeLinks {
 
 // The ops, for a backend that has
 //   Tensor output(like, shape, dtype)
-//   void build(const TreeLinks&, like), void verify(const TreeProblem&, like)
+//   void build(const TreeLinks&, like), void verify(const TreeProblem&, parents, like)
 template <class Backend>
 struct TreeOps {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build(const Tensor& parents) {
@@ -98,7 +98,7 @@ struct TreeOps {
     const auto trees = [&](const Tensor& x, ScalarType dtype, const char* name) {
       return part(x, dtype, {t.trees}, name, hold);
     };
-    nodes(parents, ScalarType::Int, "parents");
+    const auto* const above = of<const int32_t>(nodes(parents, ScalarType::Int, "parents"));
     t.tokens = of<const int32_t>(nodes(tokens, ScalarType::Int, "tokens"));
     t.first_child = of<const int32_t>(nodes(first_child, ScalarType::Int, "first_child"));
     t.next_sibling = of<const int32_t>(nodes(next_sibling, ScalarType::Int, "next_sibling"));
@@ -130,7 +130,7 @@ struct TreeOps {
     t.n_accepted = of<int32_t>(accepted), t.path = of<int32_t>(path);
     t.out_tokens = of<int32_t>(out_tokens), t.status = of<int32_t>(status);
     t.accept_prob = of<float>(accept_prob);
-    if (t.trees > 0) Backend::verify(t, target);
+    if (t.trees > 0) Backend::verify(t, above, target);
     return {accepted, path, out_tokens, accept_prob, status};
   }
 
