@@ -209,26 +209,17 @@ class Laws:
     def tokens_per_round(self, mode, shape):
         return sum(weight * len(out) for out, weight in self.law(mode, shape).items())
 
-    def completed(self, outputs, length):
-        """Laws of `length` tokens, what is missing drawn from p."""
-        out = {}
-        for tokens, weight in outputs.items():
-            for more in product(range(self.vocabulary), repeat=length - len(tokens)):
-                tail = (*tokens, *more)
-                share = weight * self.chance(tail, len(tokens))
-                out[tail] = out.get(tail, 0) + share
-        return {tokens: weight for tokens, weight in out.items() if weight}
-
-    def chance(self, tokens, start=0):
-        """What p gives to the tokens from a place on."""
-        share = Fraction(1)
-        for place in range(start, len(tokens)):
-            share *= self.p(tokens[:place])[tokens[place]]
-        return share
-
-    def product_law(self, length):
-        every = product(range(self.vocabulary), repeat=length)
-        return {tokens: chance for tokens in every if (chance := self.chance(tokens))}
+    def check(self, outputs, path=(), mass=1):
+        """Asserts that the outputs behind a path, with what they lack drawn from p, are `mass`
+        times the product law: by the first token, and then by what comes behind it."""
+        behind = {x: {} for x in range(self.vocabulary)}
+        for (x, *tail), weight in outputs.items():
+            behind[x][tuple(tail)] = weight
+        for x, chance in enumerate(self.p(path)):
+            assert sum(behind[x].values()) == mass * chance
+            ended = behind[x].pop((), 0)
+            if behind[x]:
+                self.check(behind[x], (*path, x), mass * chance - ended)
 
 
 @pytest.fixture(scope="session")
