@@ -126,6 +126,21 @@ STILLHOUSE_LIBRARY(m) {
       "bool want_scales) -> (Tensor, Tensor)");
   // A contiguous copy, on the CPU in huge pages.
   m.def("in_huge_pages(Tensor x) -> Tensor");
+  // Trees of drafted tokens (csrc/tree): parents int32 [B, T], node 0 the root (-1), padded nodes -2. Gives
+  // first children, next siblings, depths [B, T] (-1: none), ancestors with the node itself as bits of int64
+  // [B, T, ceil(T / 64)], and the first node with a wrong parent [B], -1: none.
+  m.def("tree_build(Tensor parents) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // target and draft [B, T, V]; kind uint8 [B, T]; temperature float64 [B]; seed and position int64 [B]; coins
+  // float64 [B, T, 2] in the place of Philox's; mode: kernel.h. Gives the number of accepted tokens, their
+  // nodes [B, D + 1] from the root on, the tokens and the one after them [B, D + 1], the probability that
+  // the last one was accepted with, and status bits.
+  m.def(
+      "tree_verify(Tensor tokens, Tensor parents, Tensor first_child, Tensor next_sibling, Tensor "
+      "target, "
+      "Tensor? draft, Tensor? kind, Tensor? temperature, Tensor seed, Tensor position, Tensor? "
+      "coins, "
+      "int mode, bool is_prob, float epsilon, float delta) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   // gradient *= upstream, a scalar; returns at once when that is 1.
   m.def("scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
 }

@@ -22,6 +22,12 @@ SH_INLINE Words4 philox(uint64_t seed, uint64_t position, uint32_t node, uint32_
   return c;
 }
 
+// In (0, 1), of 53 bits: neither 0 nor 1.
+SH_INLINE double uniform(Words4 words) {
+  const uint64_t bits = uint64_t(words.word[0]) << 21 | words.word[1] >> 11;
+  return (double(bits) + 0.5) * 0x1p-53;
+}
+
 // -log(-log u) for u = (word + 1/2) / 2^32.
 constexpr double kMostGumbel = 22.9;
 SH_INLINE double gumbel_of(uint32_t word) {

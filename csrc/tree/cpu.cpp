@@ -1,0 +1,183 @@
+// Rows of draft trees on the CPU. Compiled once per instruction set, in a namespace of its own: no torch
+// header and no standard-library template here (csrc/rvq/cpu.cpp says why).
+#include <type_traits>
+
+#include "../core/simd.h"
+#include "kernel.h"
+
+namespace stillhouse {
+namespace STILLHOUSE_ISA {
+namespace {
+
+#include "../core/lanes.h"
+
+// The numbers of a span, and then those that change no maximum (of logits) and no sum.
+template <class Real>
+int64_t load_span(const TreeRow& row, int64_t columns, int64_t span, Real* out) {
+  const int64_t first = span * kSpan, left = columns - first, n = left < kSpan ? left : kSpan;
+  with_type(row.dtype, const_cast<char*>(row.data),
+            [&](auto* x) { widen_first(n, x + first, out); });
+  if (row.probabilities)
+    for (int64_t j = n; j < padded(n); ++j) out[j] = 0;
+  return n;
+}
+
+template <class Real>
+SH_INLINE Real span_sum(int64_t n, const Real* x) {
+  Lanes<Real> sum;
+  each_step<Real>(padded(n), [&](int64_t j, int64_t s) { sum[s] += lane(x + j); });
+  return fold_sum(sum);
+}
+
+// P of a span in the place of its numbers.
+template <class Real>
+SH_INLINE void to_probabilities(const TreeRow& row, int64_t n, Real* x) {
+  const Lane<Real> max{Real(row.max)}, factor{Real(row.factor)}, scale{Real(row.scale)};
+  if (row.probabilities)
+    each_step<Real>(padded(n), [&](int64_t j, int64_t) { store(lane(x + j) * scale, x + j); });
+  else
+    each_step<Real>(padded(n), [&](int64_t j, int64_t) {
+      store(fast_exp2((lane(x + j) - max) * factor) * scale, x + j);
+    });
+}
+
+template <class Real>
+void measure_span(const TreeRow& row, int64_t columns, int64_t span, double& extreme, double& sum) {
+  Real x[kSpan];
+  const int64_t n = load_span(row, columns, span, x);
+  if (row.probabilities) {
+    Real least = x[0];
+    for (int64_t j = 1; j < n; ++j) least = x[j] < least ? x[j] : least;
+    extreme = least, sum = span_sum(n, x);
+    return;
+  }
+  const Real most = block_max<Real>(padded(n), x);
+  extreme = most, sum = 0;
+  if (most == -INFINITY) {
+    // Nothing, or NaN, which no maximum sees.
+    for (int64_t j = 0; j < n; ++j)
+      if (x[j] != x[j]) sum = x[j];
+    return;
+  }
+  const Lane<Real> max{most}, factor{Real(row.factor)};
+  Lanes<Real> sums;
+  each_step<Real>(
+      padded(n), [&](int64_t j, int64_t s) { sums[s] += fast_exp2((lane(x + j) - max) * factor); });
+  sum = fold_sum(sums);
+}
+
+// What rejections have left of P in a span.
+template <class Real>
+int64_t left_of(const Residual& r, int64_t span, Real* p) {
+  const int64_t n = load_span(r.p, r.columns, span, p), first = span * kSpan;
+  to_probabilities(r.p, n, p);
+  if (r.count == 0) return n;
+  Real q[kSpan];
+  if (r.q.data != nullptr) {
+    load_span(r.q, r.columns, span, q);
+    to_probabilities(r.q, n, q);
+  } else {
+    for (int64_t j = 0; j < padded(n); ++j) q[j] = 0;
+  }
+  each_step<Real>(padded(n), [&](int64_t j, int64_t) {
+    Lane<Real> v = lane(p + j);
+    const Lane<Real> of_draft = lane(q + j);
+    for (int64_t i = 0; i < r.count; ++i) {
+      const Rejection& by = r.rejections[i];
+      const Lane<Real> rest = v * Lane<Real>(Real(by.a)) - of_draft * Lane<Real>(Real(by.share));
+      v = larger(rest, Lane<Real>(Real(0))) * Lane<Real>(Real(by.scale));
+    }
+    store(v, p + j);
+  });
+  for (int64_t i = 0; i < r.patched; ++i) {
+    const int64_t at = r.patches[i].token - first;
+    if (at >= 0 && at < n) p[at] = Real(r.patches[i].value);
+  }
+  return n;
+}
+
+bool is_double(const TreeRow& p, const TreeRow& q) {
+  return p.dtype == Dtype::f64 || (q.data != nullptr && q.dtype == Dtype::f64);
+}
+// Calls f with a number of the type that a residual is computed in.
+template <class F>
+SH_INLINE void with_real(const TreeRow& p, const TreeRow& q, F f) {
+  is_double(p, q) ? f(double()) : f(float());
+}
+
+void measure(const TreeRow& row, int64_t columns, int64_t lo, int64_t hi, double* extremes,
+             double* sums) {
+  with_real(row, row, [&](auto real) {
+    for (int64_t span = lo; span < hi; ++span)
+      measure_span<decltype(real)>(row, columns, span, extremes[span], sums[span]);
+  });
+}
+
+void sums(const Residual& residual, int64_t lo, int64_t hi, double* sums) {
+  with_real(residual.p, residual.q, [&](auto real) {
+    using Real = decltype(real);
+    for (int64_t span = lo; span < hi; ++span) {
+      Real p[kSpan];
+      sums[span] = span_sum(left_of(residual, span, p), p);
+    }
+  });
+}
+
+void values(const Residual& residual, int64_t span, double* values) {
+  with_real(residual.p, residual.q, [&](auto real) {
+    decltype(real) p[kSpan];
+    const int64_t n = left_of(residual, span, p);
+    for (int64_t j = 0; j < n; ++j) values[j] = p[j];
+  });
+}
+
+void entropies(const Residual& residual, int64_t lo, int64_t hi, double* sums) {
+  with_real(residual.p, residual.q, [&](auto real) {
+    using Real = decltype(real);
+    const Lane<Real> least{Real(1.1754944e-38)};  // where a logarithm still is one; times P it is 0
+    for (int64_t span = lo; span < hi; ++span) {
+      Real p[kSpan];
+      const int64_t n = left_of(residual, span, p);
+      Lanes<Real> sum;
+      each_step<Real>(padded(n), [&](int64_t j, int64_t s) {
+        sum[s] += lane(p + j) * fast_log(larger(lane(p + j), least));
+      });
+      sums[span] = -fold_sum(sum);
+    }
+  });
+}
+
+template <class Real>
+void largest_of_span(const TreeRow& row, int64_t columns, int64_t span, double& best,
+                     int64_t& index) {
+  Real x[kSpan];
+  const int64_t n = load_span(row, columns, span, x);
+  const Real most = block_max<Real>(padded(n), x);
+  // 0 x is 0 but for NaN and infinities, of which -inf is allowed.
+  const Lane<Real> none{Real(0)};
+  Lanes<Real> odd;
+  each_step<Real>(padded(n), [&](int64_t j, int64_t s) {
+    odd[s] += select(lane(x + j) < none, none, lane(x + j) * none);
+  });
+  best = most, index = -1;
+  if (!(fold_sum(odd) == 0)) return;
+  index = 0;
+  while (index < n && x[index] != most) ++index;
+  index += span * kSpan;
+}
+
+void largest(const TreeRow& row, int64_t columns, int64_t lo, int64_t hi, double* best,
+             int64_t* index) {
+  with_real(row, row, [&](auto real) {
+    for (int64_t span = lo; span < hi; ++span)
+      largest_of_span<decltype(real)>(row, columns, span, best[span], index[span]);
+  });
+}
+
+}  // namespace
+
+extern const TreeKernels tree_kernels;
+const TreeKernels tree_kernels = {measure, sums, values, entropies, largest};
+
+}  // namespace STILLHOUSE_ISA
+}  // namespace stillhouse
