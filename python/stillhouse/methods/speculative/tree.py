@@ -132,9 +132,9 @@ class DraftState:
     row: which sequence of the batch. step: rounds of this generation so far; at 0 the sequence is
     new. room: the most nodes behind the root that are worth verifying, None where there is no
     limit. depth: the most tokens behind the root that can still be used, None likewise.
-    features: float [m, H], what the target's output head read at the last m committed tokens before
-    the root, those of the round before (at step 0 of the whole prompt); for drafters whose
-    `needs_features` is True, else None.
+    hidden: float [m, H], what the target's output head read at the last m committed tokens before
+    the root, those since the last draft of more than a root (at first the whole prompt's); for
+    drafters whose `needs_features` is True, else None.
     """
 
     ids: Tensor
@@ -145,7 +145,7 @@ class DraftState:
     step: int = 0
     room: int | None = None
     depth: int | None = None
-    features: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @runtime_checkable
