@@ -110,7 +110,7 @@ def test_models_that_do_not_fit(run, tmp_path, llama, make_tokenizer):
     other.add_tokens(["kiln"])
     llama(vocab_size=260).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="260 tokens and teacher 259"):
+    with pytest.raises(ValueError, match="--draft has 260 tokens and --target 259"):
         run(draft=str(tmp_path / "other"))
 
 
