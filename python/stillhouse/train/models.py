@@ -164,8 +164,8 @@ def check_tokenizers(
         differing = sorted(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
         token, number = differing[0]
         raise ValueError(
-            f"tokenizer mismatch: {names[0]} has {len(ours)} tokens and {names[1]} {len(theirs)}, the "
-            f"first that differs is {token!r} (id {number}): logits can only be compared with "
+            f"tokenizer mismatch: {names[0]} has {len(ours)} tokens and {names[1]} {len(theirs)}, "
+            f"the first that differs is {token!r} (id {number}): logits can only be compared with "
             "one vocabulary"
         )
     if student(PROBE)["input_ids"] != teacher(PROBE)["input_ids"]:

@@ -95,6 +95,24 @@ def test_greedy_text_is_the_targets(target, drafters, name, adaptive):
         assert stats.calls < 12
 
 
+def test_a_round_without_a_draft_keeps_its_features(target):
+    """A drafter that drafted nothing gets them again, with the next ones."""
+    rows = []
+
+    class NowAndThen(LanguageModelDrafter):
+        needs_features = True
+
+        def draft(self, state):
+            rows.append((len(state.ids), len(state.hidden)))
+            last = [int(state.ids[-1])]
+            return DraftTree.chain(last) if state.step % 3 else super().draft(state)
+
+    drafter = NowAndThen(target, length=2)
+    options = dict(max_new_tokens=9, eos_token_id=(), adaptive=False)
+    generate(target, drafter, [PROMPTS[2]], **options)
+    assert rows == [(9, 8), (12, 3), (13, 4), (14, 5), (17, 3)]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_positions_that_are_learnt_and_both_attentions(attention):
     config = GPT2Config(
@@ -347,6 +365,13 @@ def test_the_model_is_left_as_it_was(target):
         assert not ids[0].is_inference()
     finally:
         target.eval()
+
+
+def test_logits_that_are_no_numbers(llama):
+    model = llama(vocab_size=V)
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="a row has NaN"):
+        generate(model, NGramDrafter(), [[1, 2]], max_new_tokens=4)
 
 
 class Fixed:
