@@ -16,6 +16,14 @@ class GenerationStats:
     target, the prompts' own left out. tokens: what was written, of all prompts. seconds: the whole
     call; draft_seconds, target_seconds: its drafts, and its forwards with their verification;
     prompt_seconds: reading the prompts.
+
+    Example:
+        >>> from stillhouse.methods.speculative import GenerationStats
+        >>> stats = GenerationStats(accepted=[[3, 0], [1, 3]], drafted=[[3, 3], [3, 3]])
+        >>> stats.tokens_per_round, stats.histogram
+        (2.75, {0: 1, 1: 1, 2: 0, 3: 2})
+        >>> round(stats.acceptance_rate, 3)
+        0.583
     """
 
     accepted: list[list[int]] = field(default_factory=list)
