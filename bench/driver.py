@@ -14,11 +14,25 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import divergence, fdb, kinds, linear, machine, measure, rvq, shards, sparse, step, transport
+from . import (
+    calls,
+    divergence,
+    fdb,
+    kinds,
+    linear,
+    machine,
+    measure,
+    rvq,
+    shards,
+    sparse,
+    step,
+    transport,
+)
 from .grid import Cell
 
 _FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, step)
@@ -96,19 +110,22 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
     """The CSV rows of one cell, one for each provider and one for the floor."""
     family = FAMILIES[cell.family]
     providers = [p for p in family.PROVIDERS if p.name in (options.provider or [p.name])]
-    shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers} | {divergence.FLOOR: {}}
+    with torch.device(options.device):
+        shown = {p.name: {"note": p.refuses(cell) or ""} for p in providers}
+    shown[divergence.FLOOR] = {}
     pause = getattr(family, "PAUSE_SECONDS", measure.PAUSE_SECONDS)
     progress.say("preparing")
-    calls = family.runners(cell, providers, options.device)
+    runners = getattr(family, "runners", None) or partial(calls.runners, family)
+    timed = runners(cell, providers, options.device)
     times = measure.interleaved(
-        calls,
+        timed,
         rounds=options.rounds,
         seconds=options.seconds,
         pause=pause if options.device == "cpu" else 0,
         on_round=lambda done: progress.say(f"round {done}/{options.rounds}"),
     )
     # The buffers go before the probes start: those bring their own.
-    calls.clear()
+    timed.clear()
     gc.collect()
     for name, seconds in times.items():
         milliseconds = [1000 * value for value in seconds]
@@ -122,9 +139,10 @@ def measure_cell(cell: Cell, options: argparse.Namespace, progress: Progress) ->
         }
         if name != divergence.FLOOR and not options.no_memory:
             progress.say(f"memory of {name}")
+            own = getattr(family, "memory_call", None)
+            probe = own or partial(calls.memory_call, family.__name__)
             peak = measure.peak_memory(
-                *(family.memory_call, cell, name, options.threads, options.device),
-                device=options.device,
+                *(probe, cell, name, options.threads, options.device), device=options.device
             )
             shown[name]["extra_mib"] = f"{peak / 2**20:.2f}"
     context = asdict(cell) | machine.describe(options.device)

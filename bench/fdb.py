@@ -1,10 +1,12 @@
 """The family of dual-binary weights: 4,096 x 4,096 in groups of 64, rows of x from 1 to 256.
 
 Weights are cold: every provider takes turns over so many matrices that they are several times the
-last-level cache. `hot` is one matrix of 2,048 rows ten times in a row, what the kernel can do when
-memory does not hold it up. The floor of a product is one read of the packed bytes (torch's sum of
-them), that of `backward` the two dense products of that dtype. `int8` has the quantizing of x in
-its time. Rows of the grid are those of x.
+last-level cache. Up to 16 rows of x, a measurement is 32 matrices in a row, as layers of a model
+follow each other; `alone` is one call after those of the other providers, which have emptied all
+caches and let threads fall asleep. `hot` is one matrix of 2,048 rows ten times in a row, what the
+kernel can do when memory does not hold it up. The floor of a product is one read of the packed
+bytes (torch's maximum of them as integers, its fastest reader), that of `backward` the two dense
+products of that dtype. `int8` has the quantizing of x in its time. Rows of the grid are those of x.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import calls
+from . import ggml
 from .divergence import OURS
 from .grid import Cell, Provider
 
 NAME = "fdb"
 FORWARD, INT8, BACKWARD = "forward", "int8", "backward"
-COLD, HOT = "cold", "hot"
+COLD, HOT, ALONE = "cold", "hot", "alone"
 SIZE, GROUP = 4096, 64
-HOT_ROWS, HOT_CALLS = 2048, 10
+HOT_ROWS, HOT_PRODUCTS, COLD_PRODUCTS = 2048, 10, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_BYTES = 2 << 30  # of one provider's matrices
 PAUSE_SECONDS = 0.0  # all providers run on torch's own pool
@@ -41,7 +43,16 @@ def grid() -> list[Cell]:
     ]
     int8 = [Cell(NAME, INT8, COLD, "fp32", m, SIZE) for m in (1, 4, 16, 256)]
     backward = [Cell(NAME, BACKWARD, COLD, dtype, 256, SIZE) for dtype in DTYPES]
-    return [*forward, Cell(NAME, FORWARD, HOT, "fp32", 1, SIZE), *int8, *backward]
+    hot = Cell(NAME, FORWARD, HOT, "fp32", 1, SIZE)
+    alone = [Cell(NAME, FORWARD, ALONE, dtype, 1, SIZE) for dtype in DTYPES]
+    return [*forward, hot, *alone, *int8, *backward]
+
+
+def products(cell: Cell) -> int:
+    """Products of one call."""
+    if cell.form == HOT:
+        return HOT_PRODUCTS
+    return COLD_PRODUCTS if cell.form == COLD and cell.rows <= 16 else 1
 
 
 def _matrices(size: int) -> int:
@@ -86,13 +97,22 @@ def _dense(dtype: torch.dtype) -> list[Tensor]:
     return [weight.clone() for _ in range(count)]
 
 
-def _turns(cell: Cell, weights: list, call: Callable[[object], object]) -> Callable[[], None]:
-    turn, times = itertools.cycle(weights), HOT_CALLS if cell.form == HOT else 1
+@cache
+def _packed_in_4_bits() -> tuple[list[Tensor], Tensor]:
+    """Integers of torch's product with weights of 4 bits, scales and offsets of groups."""
+    integers = torch.randint(16, (SIZE, SIZE), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
+    scales = torch.randn(SIZE // GROUP, SIZE, 2).bfloat16()
+    return [packed.clone() for _ in range(_matrices(SIZE * SIZE // 2))], scales
+
+
+def _turns(cell: Cell, weights: list, product: Callable[[object], object]) -> Callable[[], None]:
+    turn, times = itertools.cycle(weights), products(cell)
 
     def run() -> None:
         with torch.no_grad():
             for _ in range(times):
-                call(next(turn))
+                product(next(turn))
 
     return run
 
@@ -118,6 +138,19 @@ def _build_linear(dtype: torch.dtype) -> Callable[[Cell], Callable[[], None]]:
     return build
 
 
+def build_int4(cell: Cell) -> Callable[[], None]:
+    """torch's product with weights of 4 bits, twice as many bytes."""
+    x, (weights, scales) = _rows(cell), _packed_in_4_bits()
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _turns(cell, weights, lambda weight: product(x, weight, GROUP, scales))
+
+
+def build_q2_k(cell: Cell) -> Callable[[], None]:
+    """llama.cpp's weights of 2.6 bits, all of them in a graph."""
+    weight = torch.randn(SIZE, SIZE)
+    return ggml.Products(_rows(cell).float(), weight, products(cell))
+
+
 def build_floor(cell: Cell) -> Callable[[], None]:
     """A read of the packed bytes, or the two dense products."""
     if cell.kind == BACKWARD:
@@ -127,7 +160,7 @@ def build_floor(cell: Cell) -> Callable[[], None]:
     return _turns(
         cell,
         _packed(cell.form),
-        lambda w: (w.tiles.view(torch.float32).sum(), w.scales.view(torch.float32).sum()),
+        lambda w: (w.tiles.max(), w.scales.view(torch.int32).max()),
     )
 
 
@@ -137,22 +170,26 @@ def _dense_refuses(cell: Cell) -> str | None:
     return "has no scales" if cell.kind == BACKWARD else None
 
 
+def _only_on_cpu() -> str | None:
+    return "runs on the CPU alone" if torch.get_default_device().type != "cpu" else None
+
+
+def _int4_refuses(cell: Cell) -> str | None:
+    if cell.kind != FORWARD or cell.dtype != "bf16":
+        return "takes rows of bf16 in the forward pass"
+    return _only_on_cpu()
+
+
+def _q2_k_refuses(cell: Cell) -> str | None:
+    if (cell.kind, cell.form, cell.dtype) != (FORWARD, COLD, "fp32") or products(cell) == 1:
+        return "takes rows of fp32, as a graph of many products"
+    return _only_on_cpu() if ggml.folder() else "llama-cpp-python is not installed"
+
+
 PROVIDERS = (
     Provider(OURS, build_ours),
     Provider("torch fp32", _build_linear(torch.float32), _dense_refuses),
     Provider("torch bf16", _build_linear(torch.bfloat16), _dense_refuses),
+    Provider("torch int4", build_int4, _int4_refuses),
+    Provider("llama.cpp Q2_K", build_q2_k, _q2_k_refuses),
 )
-
-
-def runners(
-    cell: Cell, providers: list[Provider], device: str
-) -> dict[str, Callable[[int], float]]:
-    """The functions to time at a cell, and the floor."""
-    return calls.runners(cell, providers, device, build_floor)
-
-
-def memory_call(
-    cell: Cell, name: str, threads: int, device: str
-) -> tuple[Callable[[], object], int]:
-    """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    return calls.memory_call(PROVIDERS, cell, name, threads, device)

@@ -128,6 +128,13 @@ def peak_memory(make: Callable, *arguments: object, device: str = "cpu") -> int:
         child.join()
 
 
-def timed_calls(calls: dict[str, Callable[[], object]], device: str) -> dict[str, Callable]:
-    """A family's runners where each provider is one call without arguments."""
-    return {name: lambda _, call=call: seconds_of(call, device)[0] for name, call in calls.items()}
+def timed_calls(
+    calls: dict[str, Callable[[], object]], device: str, products: int = 1
+) -> dict[str, Callable[[int], float]]:
+    """Runners where each provider is a call without arguments, which computes so many products: the
+    seconds of one."""
+
+    def runner(call: Callable[[], object]) -> Callable[[int], float]:
+        return lambda _: seconds_of(call, device)[0] / products
+
+    return {name: runner(call) for name, call in calls.items()}

@@ -19,7 +19,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from . import calls
 from .divergence import OURS
 from .grid import Cell, Provider
 
@@ -212,17 +211,3 @@ PROVIDERS = (
     Provider("EnCodec", build_encodec, _only(PLAIN, "encodec")),
     Provider("DAC", build_dac, _only(DAC, "dac")),
 )
-
-
-def runners(
-    cell: Cell, providers: list[Provider], device: str
-) -> dict[str, Callable[[int], float]]:
-    """The functions to time at a cell, and the floor."""
-    return calls.runners(cell, providers, device, build_floor)
-
-
-def memory_call(
-    cell: Cell, name: str, threads: int, device: str
-) -> tuple[Callable[[], object], int]:
-    """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    return calls.memory_call(PROVIDERS, cell, name, threads, device)

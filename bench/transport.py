@@ -17,7 +17,6 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import calls
 from .divergence import OURS
 from .grid import Cell, Provider
 
@@ -170,17 +169,3 @@ PROVIDERS = (
         "GeomLoss", build_geomloss, lambda cell: _only("geomloss", (POINTS, "envelope"), cell=cell)
     ),
 )
-
-
-def runners(
-    cell: Cell, providers: list[Provider], device: str
-) -> dict[str, Callable[[int], float]]:
-    """The functions to time at a cell, and the floor."""
-    return calls.runners(cell, providers, device, build_floor)
-
-
-def memory_call(
-    cell: Cell, name: str, threads: int, device: str
-) -> tuple[Callable[[], object], int]:
-    """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    return calls.memory_call(PROVIDERS, cell, name, threads, device)

@@ -95,13 +95,20 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
     scales[b] = scales_of(w, block + b, 0);
   });
   const int64_t of_group = 2 * kBlock * element_size(w.scale_dtype);
+  // Past the end of its block, what lies ahead is the block that takes its place.
+  const int64_t of_words = words * 2 * kBlock * 4, of_block = w.groups * of_words;
+  const int64_t of_scales = w.groups * of_group;
   Total total[kRows][kWide] = {};
   for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t left = w.groups - group;
+    const int64_t ahead = kAhead + (left * of_words <= kAhead ? (kWide - 1) * of_block : 0);
+    const int64_t scales_ahead =
+        kAhead / 2 + (left * of_group <= kAhead / 2 ? (kWide - 1) * of_scales : 0);
     typename Unit::Sum sum[kRows][kWide][2];
     const auto next_word = [&]() __attribute__((always_inline)) {
       each<kWide>(SH_EACH(b) {
-        ask_for(reinterpret_cast<const char*>(at[b]) + kAhead);
-        ask_for(reinterpret_cast<const char*>(at[b]) + kAhead + 64);
+        ask_for(reinterpret_cast<const char*>(at[b]) + ahead);
+        ask_for(reinterpret_cast<const char*>(at[b]) + ahead + 64);
       });
       Unit::template word<kRows, kWide>(at, table, sum);
       each<kWide>(SH_EACH(b) { at[b] += 2 * kBlock; });
@@ -116,7 +123,7 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
     each<kWide>(SH_EACH(b) {
       Total scale[2];
       load_scales(w.scale_dtype, scales[b], scale);
-      ask_for(scales[b] + kAhead / 2);
+      ask_for(scales[b] + scales_ahead);
       scales[b] += of_group;
       each<kRows>(SH_EACH(t) {
         if constexpr (sizeof(typename Unit::Number) == 1) {
@@ -132,6 +139,7 @@ __attribute__((noinline)) void look_up(const FdbProduct& p, const char* tables, 
       SH_EACH(t) { each<kWide>(SH_EACH(b) { store_block(p, row + t, block + b, total[t][b]); }); });
 }
 
+// All rows of x but an odd one at the end.
 template <class Unit, int kWide>
 SH_INLINE void look_up_rows(const FdbProduct& p, const char* tables, int64_t first, int64_t count,
                             int64_t block) {
@@ -142,16 +150,24 @@ SH_INLINE void look_up_rows(const FdbProduct& p, const char* tables, int64_t fir
   if constexpr (kRows > 2)
     for (; row + 2 <= first + count; row += 2)
       look_up<Unit, 2, kWide>(p, tables, row, first, block);
-  for (; row < first + count; ++row) look_up<Unit, 1, kWide>(p, tables, row, first, block);
 }
 
+// One row leaves registers for more blocks, which share what is read of its tables.
 template <class Unit>
 void product_of(const FdbProduct& p, const char* tables, int64_t first, int64_t count, int64_t lo,
                 int64_t hi) {
+  constexpr int kWide = Unit::kBlocksOfOne;
+  const int64_t last = first + count - 1;
   int64_t block = lo;
-  for (; block + Unit::kBlocks <= hi; block += Unit::kBlocks)
-    look_up_rows<Unit, Unit::kBlocks>(p, tables, first, count, block);
-  for (; block < hi; ++block) look_up_rows<Unit, 1>(p, tables, first, count, block);
+  for (; block + kWide <= hi; block += kWide) {
+    for (int64_t b = block; b < block + kWide; b += Unit::kBlocks)
+      look_up_rows<Unit, Unit::kBlocks>(p, tables, first, count, b);
+    if (count % 2 == 1) look_up<Unit, 1, kWide>(p, tables, last, first, block);
+  }
+  for (; block < hi; ++block) {
+    look_up_rows<Unit, 1>(p, tables, first, count, block);
+    if (count % 2 == 1) look_up<Unit, 1, 1>(p, tables, last, first, block);
+  }
 }
 
 // Calls f with the unit that a product takes.

@@ -83,7 +83,7 @@ struct MaskUnit {
   using Entry = Real;
   using Total = V;
   static constexpr int64_t kTable = kWord;
-  static constexpr int kTokens = 2, kBlocks = 1;
+  static constexpr int kTokens = 2, kBlocks = 1, kBlocksOfOne = 1;
 
   struct Sum {
     V sum = {};
@@ -126,11 +126,11 @@ struct FloatUnit {
   using Entry = float;
   using Total = F16;
   static constexpr int64_t kTable = 8 * 16;
-  static constexpr int kTokens = 4, kBlocks = 2;
+  static constexpr int kTokens = 4, kBlocks = 2, kBlocksOfOne = 4;
 
   struct Sum {
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    SH_INLINE F16 total() const { return even + odd; }
+    __m512 sum = _mm512_setzero_ps();
+    SH_INLINE F16 total() const { return sum; }
   };
 
   static void build(const float* x, float* table) {
@@ -144,32 +144,39 @@ struct FloatUnit {
     }
   }
 
-  // The upper half of plane 1's bits is loaded, not shifted down: shifts have one port, loads two that are
-  // idle. Behind plane 2 the weight may end.
+  // The lowest four bits are those from bit n on. A product of 16 bits, of which the upper half is kept, is a
+  // shift: where shifts and permutations share ports, as on AMD's machines, it takes another.
+  template <int n>
+  SH_INLINE static __m512i right_by(__m512i bits, bool by_product) {
+    return by_product ? _mm512_mulhi_epu16(bits, _mm512_set1_epi32(1 << (16 - n)))
+                      : _mm512_srli_epi32(bits, n);
+  }
+
+  // The upper half of plane 1's bits is loaded, not shifted down: loads have idle ports. Behind plane 2 the
+  // weight may end.
   template <int kRows, int kWide>
   SH_INLINE static void word(const uint32_t* const (&at)[kWide], const float* const (&table)[kRows],
                              Sum (&sum)[kRows][kWide][2]) {
-    __m512i w[kWide][2];
-    each<kWide>(SH_EACH(b) { w[b][1] = _mm512_loadu_si512(at[b] + kBlock); });
     each<2>(SH_EACH(half) {
+      __m512i w[kWide][2], choice[kWide][2];
       each<kWide>(SH_EACH(b) {
         w[b][0] = _mm512_loadu_si512(reinterpret_cast<const char*>(at[b]) + 2 * half);
+        w[b][1] = _mm512_loadu_si512(at[b] + kBlock);
+        if (half == 1) w[b][1] = _mm512_srli_epi32(w[b][1], 16);
       });
       each<4>(SH_EACH(n) {
+        each<2 * kWide>(SH_EACH(i) {
+          const __m512i bits = w[i / 2][i % 2];
+          choice[i / 2][i % 2] = n == 0 ? bits : right_by<4 * n>(bits, n == 2 || i % 2 == 1);
+        });
         each<kRows>(SH_EACH(t) {
           const __m512 sums = _mm512_loadu_ps(table[t] + 64 * half + 16 * n);
           each<2 * kWide>(SH_EACH(i) {
-            Sum& of = sum[t][i / 2][i % 2];
-            // Two sums where there are few, or additions would wait for each other.
-            __m512& s = kRows == 1 && n % 2 == 1 ? of.odd : of.even;
-            s = _mm512_add_ps(s, _mm512_permutexvar_ps(w[i / 2][i % 2], sums));
+            __m512& s = sum[t][i / 2][i % 2].sum;
+            s = _mm512_add_ps(s, _mm512_permutexvar_ps(choice[i / 2][i % 2], sums));
             // Now: the compiler would put additions off until it has no registers left.
             asm volatile("" : "+v"(s));
           });
-        });
-        each<kWide>(SH_EACH(b) {
-          if (n < 3) w[b][0] = _mm512_srli_epi32(w[b][0], 4);
-          if (n < 3 || half == 0) w[b][1] = _mm512_srli_epi32(w[b][1], 4);
         });
       });
     });
@@ -182,7 +189,7 @@ struct FloatUnit {
   using Entry = float;
   using Total = F16;
   static constexpr int64_t kChoices = 11, kTable = kChoices * 8;
-  static constexpr int kTokens = 2, kBlocks = 1;
+  static constexpr int kTokens = 2, kBlocks = 1, kBlocksOfOne = 1;
 
   struct Sum {
     __m256 half[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -245,9 +252,9 @@ struct Int8Unit {
   using Total = F16;
   static constexpr int64_t kTable = kWord;
 #if defined(__AVX512F__)
-  static constexpr int kTokens = 4, kBlocks = 2;
+  static constexpr int kTokens = 4, kBlocks = 2, kBlocksOfOne = 4;
 #else
-  static constexpr int kTokens = 2, kBlocks = 1;
+  static constexpr int kTokens = 2, kBlocks = 1, kBlocksOfOne = 1;
 #endif
 
   static void build(const int8_t* x, int8_t* table) {
@@ -353,7 +360,7 @@ struct Int8Unit {
   using Entry = int32_t;
   using Total = F16;
   static constexpr int64_t kTable = kWord;
-  static constexpr int kTokens = 2, kBlocks = 1;
+  static constexpr int kTokens = 2, kBlocks = 1, kBlocksOfOne = 1;
 
   struct Sum {
     I16 sum = {};

@@ -41,6 +41,7 @@ from .kinds import (
     as_kind,
 )
 from .linear_divergence import LinearTeacher, linear_divergence, linear_divergence_loss
+from .random import sample_categorical
 from .row_state import RowState, merge_row_states, row_state
 from .rvq import (
     ResidualCodes,
@@ -64,6 +65,15 @@ from .scalar_quantization import (
 )
 from .sinkhorn import Transport, pairwise_l1, sinkhorn, sinkhorn_points
 from .sparse_teacher import SparseTeacher
+from .tree import (
+    TreeLinks,
+    kv_gather_indices,
+    tree_build,
+    tree_mask,
+    tree_paths,
+    tree_positions,
+)
+from .tree_verification import VerifyOut, tree_verify
 
 __all__ = [
     "DKD",
@@ -102,6 +112,8 @@ __all__ = [
     "SupportKL",
     "SymmetricKL",
     "Transport",
+    "TreeLinks",
+    "VerifyOut",
     "as_kind",
     "bsq",
     "bsq_decode",
@@ -115,6 +127,7 @@ __all__ = [
     "fdb_unpack",
     "fsq",
     "fsq_decode",
+    "kv_gather_indices",
     "lfq",
     "lfq_decode",
     "lfq_entropy",
@@ -131,6 +144,12 @@ __all__ = [
     "rvq_encode",
     "rvq_pack",
     "rvq_statistics",
+    "sample_categorical",
     "sinkhorn",
     "sinkhorn_points",
+    "tree_build",
+    "tree_mask",
+    "tree_paths",
+    "tree_positions",
+    "tree_verify",
 ]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+# Streams of a place, each for one purpose.
+ACCEPT, FINAL, DRAFTING = range(3)
 
 
 def philox_words(seed: int | Tensor, position, node=0, stream=0) -> Tensor:
@@ -55,3 +57,71 @@ def philox_gumbel(seed: int | Tensor, position, node, size: int) -> Tensor:
     words = philox_words(seed, position[..., None], node, streams.to(position.device))
     u = (words.flatten(-2)[..., :size].double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log(u))
+
+
+def philox_uniform(seed: int | Tensor, position, node=0, stream=0) -> Tensor:
+    """One number of 53 bits in (0, 1), float64: u = (w + 1/2) 2^-53, w from two words of the place.
+
+    Arguments as in `philox_words`. float64 rounds the largest w's u to 1, once in 2^53.
+
+    Example:
+        >>> from stillhouse.ops.random import philox_uniform
+        >>> philox_uniform(seed=0, position=0).item()
+        0.39904647084896455
+    """
+    words = philox_words(seed, position, node, stream)
+    return ((words[..., 0] << 21 | words[..., 1] >> 11).double() + 0.5) * 2.0**-53
+
+
+def sample_categorical(
+    logits: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+) -> Tensor:
+    """A sample of each row's softmax, int64 [...], by its inverse distribution function in float64.
+
+    logits: float [..., V]; -inf is never drawn. The uniform number comes from `generator`, or from
+    `seed` and `position` (ints, or int64 that broadcast to [...]; the row's number if None): node
+    0, stream 1, so that `tree_verify` of a root alone draws the same token at the same place.
+
+    Raises ValueError for both or none of the two sources, a position without a seed and, on the
+    CPU, rows with NaN, +inf or nothing above -inf (elsewhere their sample is -1); TypeError for
+    logits that are not floats.
+
+    Example:
+        >>> import torch
+        >>> from stillhouse import ops
+        >>> ops.sample_categorical(torch.tensor([[0.0, 1.0], [2.0, -torch.inf]]), seed=3)
+        tensor([0, 0])
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"logits must be a float tensor, got {getattr(logits, 'dtype', logits)}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    if (generator is None) == (seed is None):
+        raise ValueError("a sample needs a generator or a seed, and not both")
+    if seed is None and position is not None:
+        raise ValueError("a position is for a seed: a generator has its own state")
+    rows = logits.shape[:-1]
+    if seed is None:
+        u = torch.rand(rows, generator=generator, device=logits.device, dtype=torch.float64)
+    else:
+        if position is None:
+            position = torch.arange(rows.numel(), device=logits.device).view(rows)
+        u = philox_uniform(seed, position, 0, FINAL).to(logits.device)
+        if torch.broadcast_shapes(u.shape, rows) != rows:
+            raise ValueError(
+                f"seed and position must broadcast to the rows {tuple(rows)}, got {tuple(u.shape)}"
+            )
+    top = logits.amax(-1, keepdim=True)
+    fit = top.isfinite()[..., 0]  # amax hands NaN on
+    if logits.is_cpu and not torch.compiler.is_compiling() and not fit.all():
+        raise ValueError("logits have a row with NaN, +inf or nothing above -inf")
+    cumulated = (logits.double() - top.double()).exp().cumsum(-1)
+    # Rounding may put u at the very end: then it is the last token with any mass.
+    u = torch.minimum(u.expand(rows)[..., None] * cumulated[..., -1:], cumulated[..., -1:])
+    last = logits.shape[-1] - 1 - (logits > -torch.inf).flip(-1).int().argmax(-1, keepdim=True)
+    token = torch.minimum((cumulated <= u).sum(-1, keepdim=True), last)[..., 0]
+    return torch.where(fit, token, -1)
