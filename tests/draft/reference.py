@@ -7,32 +7,43 @@ from stillhouse.ops.random import philox_words
 
 
 class Table:
-    """All counts in dictionaries; nothing is ever forgotten but what a pair drops."""
+    """{pair: {token: [count, hits]}}; a pair keeps one token more than it shows."""
 
     def __init__(self, successors=12, step=0.04, cap=3.0):
         self.successors, self.step, self.cap = successors, step, cap
-        self.counts = defaultdict(Counter)
-        self.hits = defaultdict(Counter)
+        self.pairs, self.totals = defaultdict(dict), Counter()
 
     def add(self, text):
         for a, b, c in zip(text, text[1:], text[2:], strict=False):
-            self.counts[a, b][c] += 1
+            self.totals[a, b] += 1
+            self.pairs[a, b].setdefault(c, [0, 0])[0] += 1
+        for pair in self.pairs:
+            self.drop(pair, self.successors + 1)
+
+    def drop(self, pair, kept):
+        for token, _ in self.ranked(pair)[kept:]:
+            del self.pairs[pair][token]
 
     def update(self, window):
         for a, b, c in zip(window, window[1:], window[2:], strict=False):
-            if self.score(a, b, c) < self.cap:
-                self.hits[a, b][c] += 1
+            if c not in self.pairs[a, b]:
+                self.drop((a, b), self.successors)
+            entry = self.pairs[a, b].setdefault(c, [0, 0])
+            if self.score((a, b), c) < self.cap:
+                entry[1] += 1
 
-    def score(self, a, b, c):
-        total = sum(self.counts[a, b].values())
-        share = self.counts[a, b][c] / total if total else 0.0
-        return min(share + self.step * self.hits[a, b][c], self.cap)
+    def score(self, pair, token):
+        count, hits = self.pairs[pair][token]
+        share = count / self.totals[pair] if count else 0.0
+        return min(share + self.step * hits, self.cap)
+
+    def ranked(self, pair):
+        """(token, score), best first."""
+        ranked = sorted((-self.score(pair, c), c) for c in self.pairs.get(pair, ()))
+        return [(c, -negative) for negative, c in ranked]
 
     def find(self, a, b):
-        """(token, score), best first."""
-        tokens = set(self.counts[a, b]) | set(self.hits[a, b])
-        ranked = sorted((-self.score(a, b, c), c) for c in tokens)
-        return [(c, -negative) for negative, c in ranked[: self.successors]]
+        return self.ranked((a, b))[: self.successors]
 
 
 class Node:
@@ -83,7 +94,7 @@ def search(table, context, *, iterations, depth, seed, c1=32.0, c2=8.0):
                 break
             left = uniform(seed, len(context), iteration * depth + place)
             left *= sum(score for _, score in found)
-            for token, score in found:
+            for token, score in found:  # noqa: B007
                 if left < score:
                     break
                 left -= score
