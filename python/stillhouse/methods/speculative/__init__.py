@@ -1,4 +1,4 @@
-"""Speculative decoding: drafters, and what they propose."""
+"""Speculative decoding: drafters, what they propose, and the loop that verifies it."""
 
 from stillhouse.methods.speculative.aded import BeamDrafter, MCTSDrafter, TrigramTable
 from stillhouse.methods.speculative.expansion import (
@@ -7,7 +7,10 @@ from stillhouse.methods.speculative.expansion import (
     expand_level,
     static_tree,
 )
+from stillhouse.methods.speculative.generate import generate
+from stillhouse.methods.speculative.language_model import LanguageModelDrafter
 from stillhouse.methods.speculative.ngram import NGramDrafter
+from stillhouse.methods.speculative.statistics import GenerationStats
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "DraftState",
     "DraftTree",
     "Drafter",
+    "GenerationStats",
+    "LanguageModelDrafter",
     "Level",
     "MCTSDrafter",
     "NGramDrafter",
@@ -22,5 +27,6 @@ __all__ = [
     "batch_trees",
     "dynamic_tree",
     "expand_level",
+    "generate",
     "static_tree",
 ]
