@@ -14,7 +14,7 @@ from stillhouse.progress import Progress
 from stillhouse.recipes.language.byte_pairs import byte_pairs
 
 VOCABULARY, CHARACTERS = 1024, 20_000  # of a file
-BATCH, LENGTH, STEPS, RATE = 8, 192, 400, 6e-3
+BATCH, LENGTH, STEPS, RATE = 8, 192, 300, 6e-3
 POSITIONS = 512
 
 
@@ -40,7 +40,7 @@ class SourceText:
 
 
 def source_lm(text: SourceText, seed: int) -> nn.Module:
-    """A Llama of 2 blocks of width 64, after 400 steps of AdamW on 8 windows of 192 tokens."""
+    """A Llama of 2 blocks of width 64, after 300 steps of AdamW on 8 windows of 192 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
