@@ -1,4 +1,8 @@
-"""Texts and trees that the tests of the drafters share."""
+"""Texts, and the paper's algorithm, for the tests of the drafters."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,3 +17,13 @@ def text():
         return (drawn % vocabulary).astype(np.int32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """`reference.py` beside this file."""
+    path = Path(__file__).with_name("reference.py")
+    spec = importlib.util.spec_from_file_location("draft_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,24 +1,11 @@
 """The tree search: against the paper's algorithm in plain Python, and its properties."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from stillhouse import _draft
 from stillhouse.methods.speculative import BeamDrafter, DraftState, MCTSDrafter, TrigramTable
-
-
-def load_reference():
-    spec = importlib.util.spec_from_file_location("r", Path(__file__).with_name("reference.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = load_reference()
 
 
 def paths(tree) -> dict[tuple[int, ...], float]:
@@ -43,7 +30,7 @@ def test_puct_by_hand():
 @pytest.mark.parametrize("depth", [1, 3, 5])
 @pytest.mark.parametrize("vocabulary", [4, 30, 300])
 @pytest.mark.parametrize("sizes", [(24, 64), (64, 20), (7, 3)])
-def test_against_the_algorithm_in_plain_python(depth, vocabulary, sizes, text):
+def test_against_the_algorithm_in_plain_python(depth, vocabulary, sizes, text, reference):
     """The same nodes with the same visits, whatever the table."""
     keep, max_nodes = sizes
     for seed in range(5):
@@ -155,7 +142,7 @@ def test_a_context_strengthens_its_own_trigrams():
     assert table.probs(117, 118) == {119: 0.04}
 
 
-def test_the_beam_has_the_highest_products(text):
+def test_the_beam_has_the_highest_products(text, reference):
     """Against all paths of the table."""
     tokens = text(300, 6).tolist()
     table, expected = TrigramTable(), reference.Table()

@@ -1,8 +1,5 @@
 """The tri-gram table: counts, online updates, what it keeps and forgets."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,16 +8,6 @@ from stillhouse.methods.speculative import TrigramTable
 
 A, B, C, D = range(4)
 TEXT = [A, B, C, A, B, D, A, B, C]
-
-
-def load_reference():
-    spec = importlib.util.spec_from_file_location("r", Path(__file__).with_name("reference.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = load_reference()
 
 
 def test_counts_are_normalised_for_each_pair():
@@ -116,7 +103,7 @@ def test_the_hash_map_survives_any_order_of_coming_and_going(text):
 
 
 @pytest.mark.parametrize("successors", [1, 4, 12, 64])
-def test_against_dictionaries(successors, text):
+def test_against_dictionaries(successors, text, reference):
     table, expected = TrigramTable(successors), reference.Table(successors)
     for seed in range(4):
         tokens = text(3000, 60, seed).tolist()
