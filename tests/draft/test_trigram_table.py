@@ -37,6 +37,16 @@ def test_an_update_adds_a_step_for_each_occurrence_up_to_the_cap():
     assert list(table.probs(A, B)) == [D, C]  # best first
 
 
+def test_hits_beyond_the_cap_are_not_kept():
+    table = TrigramTable(step=0.5, cap=1.2)
+    table.add([A, B, C])
+    for _ in range(10):
+        table.update([A, B, C])  # 1 + 0.5 is above the cap after one
+    assert table.probs(A, B) == {C: 1.2}
+    table.build([[A, B, D]] * 3)
+    assert table.probs(A, B) == {C: 0.25 + 0.5, D: 0.75}
+
+
 def test_a_new_entry_starts_at_zero():
     table = TrigramTable(step=0.5, cap=1.2)
     table.update([A, B, C])
