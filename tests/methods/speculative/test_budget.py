@@ -23,21 +23,23 @@ def test_costs_between_and_beyond_what_was_measured():
 
 
 def test_costs_are_measured_once_for_a_model_and_a_batch_size():
-    class Model:
-        pass
-
-    model, asked = Model(), []
+    model, asked = torch.nn.Linear(2, 2), []
 
     def measure(size):
         asked.append(size)
         return float(size)
 
-    first = Costs.of(model, 1, measure, 9)
-    assert asked == [1, 2, 4, 8, 16]
-    assert Costs.of(model, 1, measure, 12) is first
-    assert Costs.of(model, 2, measure, 3) is not first
-    assert asked[5:] == [1, 2, 4]
-    assert Costs.of(Model(), 1, measure, 1) is not first
+    def sizes(*arguments):
+        asked.clear()
+        return Costs.of(*arguments[:2], measure, *arguments[2:]), list(asked)
+
+    first, measured = sizes(model, 1, 9)
+    assert measured == [1, 2, 4, 8, 16]
+    assert sizes(model, 1, 12) == (first, [])
+    assert sizes(model, 2, 3)[1] == [1, 2, 4]
+    assert sizes(model, 1, 500)[1] == sizes(torch.nn.Linear(2, 2), 1, 500)[1]
+    assert sizes(model, 1, 500)[1] == []
+    assert sizes(model.bfloat16(), 1, 1)[1] == [1]
 
 
 def test_a_disturbed_forward_counts_for_little():

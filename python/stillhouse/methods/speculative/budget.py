@@ -14,6 +14,7 @@ from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from stillhouse.methods.speculative.tree import DETERMINISTIC, DraftTree
 
@@ -32,14 +33,16 @@ class Costs:
         self.sizes = list(self.seconds)
 
     @classmethod
-    def of(cls, model: object, rows: int, measure: Callable[[int], float], most: int) -> Costs:
-        """Of a model and a batch of `rows`; `measure(size)` runs once for each size up to the first
-        at or above `most`, unless that has been done before."""
+    def of(cls, model: nn.Module, rows: int, measure: Callable[[int], float], most: int) -> Costs:
+        """Of a model, as it is now, and a batch of `rows`; `measure(size)` runs once for each size
+        up to the first at or above `most`, unless that has been done before."""
+        parameter = next(model.parameters())
+        place = rows, parameter.dtype, parameter.device
         table = cls._known.setdefault(model, {})
-        known = table.get(rows)
-        if known is None or known.sizes[-1] < most:
-            last = bisect.bisect_left(SIZES, most)
-            table[rows] = known = cls({size: measure(size) for size in SIZES[: last + 1]})
+        sizes = SIZES[: bisect.bisect_left(SIZES, most) + 1]
+        known = table.get(place)
+        if known is None or known.sizes[-1] < sizes[-1]:
+            table[place] = known = cls({size: measure(size) for size in sizes})
         return known
 
     def __call__(self, size: int) -> float:
