@@ -221,6 +221,15 @@ def test_the_law_in_each_mode_and_with_top_k(five, mode):
     assert p_value(counts, law_of(target, BEFORE, 3, 1.3, top_k=3)) > 1e-4
 
 
+def test_the_lossy_mode_accepts_more(five):
+    target, other = five
+    drafter = LanguageModelDrafter(other, branching=(3, 2), proposal="top")
+    _, exact = trigram_counts(target, drafter, 100, temperature=1.3, mode="target")
+    counts, lossy = trigram_counts(target, drafter, 100, temperature=1.3, mode="typical")
+    assert lossy.n_accepted > exact.n_accepted
+    assert p_value(counts, law_of(target, BEFORE, 3, 1.3)) < 1e-4
+
+
 def test_a_draft_that_lies_about_its_law_is_noticed(five):
     """The power of the test above: tokens of one law verified as if they were of another."""
     target, other = five
@@ -396,6 +405,8 @@ def test_errors(target, llama, other):
         ({"temperature": float("nan")}, "temperature must be"),
         ({"top_p": 0.0}, "top_p must be"),
         ({"top_k": 0}, "top_k must be"),
+        ({"mode": "target"}, "needs a temperature above 0"),
+        ({"mode": "best"}, "mode must be auto or one of"),
         ({"prompts": []}, "no prompt"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, V]]}, "another tokenizer"),
