@@ -232,6 +232,15 @@ METHODS = {
             ),
         ),
         Method(
+            id="aded",
+            title="Adaptive draft-verification",
+            arxiv="2407.12021",
+            domain="speculative",
+            kind="drafter without a model, for speculative decoding",
+            kernels=("draft", "tree"),
+            names=("TrigramTable", "MCTSDrafter", "BeamDrafter", "NGramDrafter"),
+        ),
+        Method(
             id="db-llm",
             title="Dual-binarized weights and deviation-aware distillation",
             arxiv="2402.11960",
