@@ -9,6 +9,13 @@ from stillhouse.methods.speculative.distillspec import (
     speed_up,
     tvd_plus_plus,
 )
+from stillhouse.methods.speculative.fspad import (
+    DynamicTreeDrafter,
+    FSPADHead,
+    draft_head_loss,
+    target_features,
+    train_draft_head,
+)
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
 
 __all__ = [
@@ -16,11 +23,16 @@ __all__ = [
     "DraftState",
     "DraftTree",
     "Drafter",
+    "DynamicTreeDrafter",
+    "FSPADHead",
     "acceptance_rate",
     "batch_trees",
     "block_efficiency",
+    "draft_head_loss",
     "lenient_chain",
     "lenient_law",
     "speed_up",
+    "target_features",
+    "train_draft_head",
     "tvd_plus_plus",
 ]
