@@ -423,10 +423,10 @@ def test_laws_that_are_refused():
 
 
 def test_command_on_the_students_own_text(distilled):
-    report = distilled(
-        "distillspec", on_policy=1, max_new_tokens=6, prompt_tokens=4, eval_strategy="no"
-    )
-    assert report.values["acceptance"]["student"] > 0
+    report = distilled("distillspec", on_policy=1, max_new_tokens=6, prompt_tokens=4)
+    _, before, after = report.tables["held-out text"]
+    assert report.values["seconds"]["responses"] > 0
+    assert after["acceptance"] > before["acceptance"]
 
 
 @pytest.mark.parametrize("options", [None, "kind=tvd++"])

@@ -219,12 +219,12 @@ class FSPADHead(nn.Module):
         config = json.loads((folder / CONFIG).read_text())
         state = load_file(folder / WEIGHTS)
         try:
-            head = cls(**config)
+            head = cls(**config).to(next(iter(state.values())).dtype)
             head.load_state_dict(state)
         except (TypeError, RuntimeError) as error:
             line = str(error).splitlines()[-1].strip()
             raise ValueError(f"{folder}: weights and {CONFIG} do not fit: {line}") from error
-        return head.to(next(iter(state.values())).dtype)
+        return head
 
 
 class GatedMLP(nn.Module):
