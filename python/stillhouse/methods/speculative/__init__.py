@@ -1,4 +1,4 @@
-"""Speculative decoding: drafters, what they propose, and how they learn."""
+"""Speculative decoding: drafters, how they learn, what they propose, and the loop that verifies it."""
 
 from stillhouse.methods.speculative.distillspec import (
     DistillSpecLoss,
@@ -16,6 +16,9 @@ from stillhouse.methods.speculative.fspad import (
     target_features,
     train_draft_head,
 )
+from stillhouse.methods.speculative.generate import generate
+from stillhouse.methods.speculative.language_model import LanguageModelDrafter
+from stillhouse.methods.speculative.statistics import GenerationStats
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
 
 __all__ = [
@@ -25,10 +28,13 @@ __all__ = [
     "Drafter",
     "DynamicTreeDrafter",
     "FSPADHead",
+    "GenerationStats",
+    "LanguageModelDrafter",
     "acceptance_rate",
     "batch_trees",
     "block_efficiency",
     "draft_head_loss",
+    "generate",
     "lenient_chain",
     "lenient_law",
     "speed_up",

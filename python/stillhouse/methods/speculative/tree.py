@@ -129,9 +129,12 @@ class DraftState:
     ids: int64 [n], everything committed so far, prompt included; its last token is the root.
     seed, position: key of the round's random numbers, with position = n: what a drafter draws with
     them (stream 2) repeats whatever else is in the batch. temperature: the target's; 0 is greedy.
-    row: which sequence of the batch. room: the most nodes behind the root that can still be used,
-    None where there is no limit. hidden: float [m, H], the target's states of the last m committed
-    tokens before the root, for drafters that read them, else None.
+    row: which sequence of the batch. step: rounds of this generation so far; at 0 the sequence is
+    new. room: the most nodes behind the root that are worth verifying, None where there is no
+    limit. depth: the most tokens behind the root that can still be used, None likewise.
+    features: float [m, H], what the target's output head read at the last m committed tokens before
+    the root, those of the round before (at step 0 of the whole prompt); for drafters whose
+    `needs_features` is True, else None.
     """
 
     ids: Tensor
@@ -139,13 +142,18 @@ class DraftState:
     position: int = 0
     temperature: float = 0.0
     row: int = 0
+    step: int = 0
     room: int | None = None
-    hidden: Tensor | None = None
+    depth: int | None = None
+    features: Tensor | None = None
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes what the target verifies. Whatever it proposes, the output's law is the target's."""
+    """Proposes what the target verifies. Whatever it proposes, the output's law is the target's.
+
+    A drafter that reads the target's features says so: `needs_features = True`.
+    """
 
     def draft(self, state: DraftState) -> DraftTree:
         """The tree behind the last of `state.ids`; the root alone where nothing is worth a try."""
