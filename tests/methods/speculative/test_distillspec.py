@@ -391,7 +391,10 @@ def test_a_row_depends_on_its_seed_and_place_alone():
         (dict(epsilon=0.0), r"epsilon in \(0, 1\], got 0.0"),
         (dict(epsilon=1.5), r"epsilon in \(0, 1\], got 1.5"),
         (dict(kind="log"), "no lenience 'log': expected one of linear, square, exponential"),
-        (dict(draft=torch.zeros(2, 3, 5)), "4 columns, the draft model 5: they need one vocabulary"),
+        (
+            dict(draft=torch.zeros(2, 3, 5)),
+            "4 columns, the draft model 5: they need one vocabulary",
+        ),
         (dict(target=torch.zeros(2, 2, 4)), r"expected target \[2, 3\] x V, got \[2, 2, 4\]"),
         (dict(tokens=torch.full((2, 3), 4)), r"tokens in \[0, 4\)"),
         (dict(tokens=torch.zeros(3, dtype=torch.int32)), r"tokens \[B, T\]"),

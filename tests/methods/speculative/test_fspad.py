@@ -428,5 +428,3 @@ def test_the_rate_rises_and_falls(target):
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4] + [x / 10 for x in range(10, 0, -1)])
     assert optimizer.param_groups[0]["params"][0].grad == 0.5
-
-

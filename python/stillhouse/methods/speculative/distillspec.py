@@ -79,9 +79,7 @@ def tvd_plus_plus(
     options = {"mask": mask, "temperature": temperature}
     loss = ops.divergence_loss(draft_logits, target_logits, "tvd", **options)
     with torch.no_grad():
-        _, stats = ops.divergence(
-            draft_logits, target_logits, "tvd", return_stats=True, **options
-        )
+        _, stats = ops.divergence(draft_logits, target_logits, "tvd", return_stats=True, **options)
     below = stats.student_below if mask is None else stats.student_below[mask]
     return loss / _deviation(below)
 

@@ -52,8 +52,9 @@ class HeadCache(KeyValues):
         needed = self.length + new[0].shape[2]
         if needed > self.room:
             self.room = max(2 * self.room, needed, 64)
-            old, self.kept = self.kept, tuple(
-                x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in new
+            old, self.kept = (
+                self.kept,
+                tuple(x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in new),
             )
             for kept, x in zip(self.kept, old, strict=False):
                 kept[:, :, : self.length] = x[:, :, : self.length]

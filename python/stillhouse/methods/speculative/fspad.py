@@ -34,7 +34,7 @@ from stillhouse.methods.speculative.draft_head_training import (
     target_features,
     train_draft_head,
 )
-from stillhouse.methods.speculative.dynamic_tree import DynamicTreeDrafter
+from stillhouse.methods.speculative.dynamic_tree_drafter import DynamicTreeDrafter
 
 __all__ = [
     "DynamicTreeDrafter",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from stillhouse.methods.speculative.draft_head import FSPADHead, HeadCache
+from stillhouse.methods.speculative.expansion import dynamic_tree
 from stillhouse.methods.speculative.tree import DraftState, DraftTree
 
 
@@ -91,27 +92,24 @@ def _rows(x: Tensor, chosen: Tensor) -> Tensor:
     return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def best_nodes(parents: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """The numbers, ascending, of the `count` candidates with the largest scores.
+def trees_of(candidates: Candidates, roots: Tensor, total: int) -> list[DraftTree]:
+    """The best `total` - 1 candidates of each sequence behind its root, int64 [B].
 
-    A parent comes before its child and its score is at least as large, so it is chosen where its
-    child is: the choice is a tree.
+    No score is above its parent's, so the best are closed under parents.
     """
-    order = np.argsort(-scores, kind="stable")[:count]
-    return np.sort(order)
-
-
-def tree_of(candidates: Candidates, row: int, root: int, total: int) -> DraftTree:
-    """The best `total` - 1 candidates of one sequence behind its root."""
-    tokens, parents, scores = (each[row].cpu().numpy() for each in candidates)
-    chosen = best_nodes(parents, scores, total - 1)
-    place = np.zeros(len(tokens) + 1, dtype=np.int64)  # its last one is the root's, number -1
-    place[chosen] = np.arange(1, len(chosen) + 1)
-    return DraftTree.of(
-        np.concatenate([[root], tokens[chosen]]).astype(np.int32),
-        np.concatenate([[-1], place[parents[chosen]]]).astype(np.int32),
-        scores=torch.from_numpy(np.concatenate([[0.0], scores[chosen]]).astype(np.float32)),
-    )
+    tokens = torch.cat([roots[:, None].to(candidates.tokens), candidates.tokens], 1)
+    parents = torch.nn.functional.pad(candidates.parents + 1, (1, 0), value=-1)
+    scores = torch.nn.functional.pad(candidates.scores, (1, 0))
+    total = min(total, tokens.shape[1])
+    arrays = (x.cpu().numpy() for x in (tokens.int(), parents.int(), scores))
+    chosen = dynamic_tree(*arrays, total=total)[:3]
+    trees = []
+    for tokens, parents, scores in zip(*chosen, strict=True):
+        kept = parents > -2  # a token of probability 0 is no candidate
+        trees.append(
+            DraftTree.of(tokens[kept], parents[kept], scores=torch.from_numpy(scores[kept]))
+        )
+    return trees
 
 
 class DynamicTreeDrafter:
@@ -121,7 +119,7 @@ class DynamicTreeDrafter:
     borrows. total: nodes of a tree at most, the root included; 1 drafts nothing. depth: levels
     behind the root. top_k: children of a node, and nodes of a level that have children. As many
     sequences as there are rows of the batch may be drafted for side by side; one that begins anew
-    is known by its features, which begin anew, too.
+    is known by its features, which are those of all its tokens.
     Raises ValueError for total, depth or top_k < 1, top_k beyond the vocabulary, and a head of
     another width than the target's features; TypeError for another dtype. `draft` raises ValueError
     where features are missing, or where a tree would not fit into the target's positions.
@@ -137,7 +135,7 @@ class DynamicTreeDrafter:
         >>> target = LlamaForCausalLM(LlamaConfig(**sizes))
         >>> head = FSPADHead(16, 32, heads=2)
         >>> drafter = DynamicTreeDrafter(head, target, total=8, depth=3, top_k=4)
-        >>> state = DraftState(torch.tensor([3, 1, 4]), hidden=torch.randn(2, 16))
+        >>> state = DraftState(torch.tensor([3, 1, 4]), features=torch.randn(2, 16))
         >>> tree = drafter.draft(state)
         >>> len(tree), tree.tokens[0].item()
         (8, 4)
@@ -176,18 +174,17 @@ class DynamicTreeDrafter:
             )
         self.head, self.total, self.depth, self.top_k = head, total, depth, top_k
         self.positions = getattr(target.config, "max_position_embeddings", None)
-        self._read: dict[int, tuple[Tensor, HeadCache]] = {}  # of each row: its ids, and their keys
+        self._read: dict[int, _Reading] = {}
 
     @torch.no_grad()
     def draft(self, state: DraftState) -> DraftTree:
-        """The tree behind the last of `state.ids`, from `state.hidden`."""
-        ids, features = state.ids, state.hidden
-        if features is None:
-            raise ValueError("expected the target's features: the drafter has needs_features set")
-        length, root = len(ids), int(ids[-1])
-        cache = self._cache(state.row, ids, features)
-        depth = self.depth if state.room is None else min(self.depth, state.room)
-        if not len(features) or self.total == 1 or depth < 1:
+        """The tree behind the last of `state.ids`, as large as `state.room` and `state.depth` let
+        it be, from `state.features`."""
+        reading = self._reading(state)
+        length, root = len(state.ids), int(state.ids[-1])
+        depth = self.depth if state.depth is None else min(self.depth, state.depth)
+        total = self.total if state.room is None else min(self.total, state.room + 1)
+        if total == 1 or depth < 1 or not len(reading.features):
             return DraftTree.chain([root])
         if self.positions is not None and length + depth > self.positions:
             raise ValueError(
@@ -195,27 +192,50 @@ class DynamicTreeDrafter:
                 f"{self.positions} positions"
             )
         # At t the head reads feature t and token t + 1: the root is its last token.
-        embeddings = self.embedding(ids[cache.length + 1 :].to(self.output_head.weight.device))
-        outputs = self.head(features[None].to(embeddings), embeddings[None], cache=cache)
-        self._read[state.row] = ids, cache
-        options = {"depth": depth, "top_k": self.top_k}
+        cache, weight = reading.cache, self.output_head.weight
+        embeddings = self.embedding(state.ids[cache.length + 1 :].to(weight.device))
+        outputs = self.head(reading.features[None].to(weight), embeddings[None], cache=cache)
+        reading.features = reading.features[:0]
         last = (each[:, -1] for each in outputs)
+        options = {"depth": depth, "top_k": self.top_k}
         found = grow(self.head, self.embedding, self.output_head, *last, cache, **options)
-        return tree_of(found, 0, root, self.total)
+        return trees_of(found, torch.tensor([root]), total)[0]
 
     def accept(self, ids: Tensor) -> None:
         """Nothing to learn: the next state has the tokens, and their features."""
 
-    def _cache(self, row: int, ids: Tensor, features: Tensor) -> HeadCache:
-        """What the head has read of this sequence, up to where the features begin."""
-        start = len(ids) - 1 - len(features)
-        if start == 0:
-            return HeadCache()
-        known, cache = self._read.get(row, (ids[:0], None))
-        read = len(known)  # with the root of the last round, whose feature is among the new ones
-        if cache is None or cache.length != start or not torch.equal(known, ids[:read]):
+    def _reading(self, state: DraftState) -> _Reading:
+        """What the head has read of this sequence, with the features that it has not read yet."""
+        ids, new = state.ids, state.features
+        if new is None:
+            raise ValueError("expected the target's features: the drafter has needs_features set")
+        known = self._read.get(state.row)
+        if len(new) == len(ids) - 1:
+            known = self._read[state.row] = _Reading(HeadCache(), new)
+        elif (
+            known is None
+            or known.length + len(new) != len(ids) - 1
+            or not torch.equal(known.ids, ids[: len(known.ids)])
+        ):
             raise ValueError(
                 f"expected features of the {len(ids) - 1} tokens before the root, or of those "
-                f"behind the last draft, got {len(features)}"
+                f"behind the root of the last draft, got {len(new)}"
             )
-        return cache
+        else:
+            known.features = torch.cat([known.features, new])
+        known.ids = ids
+        return known
+
+
+@dataclass
+class _Reading:
+    """What the head has read of a sequence, and the features behind that."""
+
+    cache: HeadCache
+    features: Tensor
+    ids: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose features are known."""
+        return self.cache.length + len(self.features)
