@@ -1,4 +1,4 @@
-"""Speculative decoding: drafters, how they learn, what they propose, and the loop that verifies it."""
+"""Speculative decoding: drafters, how they learn, and the loop that verifies their trees."""
 
 from stillhouse.methods.speculative.aded import BeamDrafter, MCTSDrafter, TrigramTable
 from stillhouse.methods.speculative.distillspec import (

@@ -63,7 +63,7 @@ def tvd_plus_plus(
     model alone. mask: bool [...], True = this row counts; nothing unmasked gives 0. temperature
     divides both sides. Returns a float32 scalar (float64 for float64 logits). The reward of a token
     is 1 where the target finds it likelier than the draft model does, taken in exact expectation;
-    m and sigma are the batch's. Where sigma is 0 all advantages are 0: TVD's value, and no gradient.
+    m and sigma are the batch's. Where sigma is 0, all advantages are: TVD's value, no gradient.
     Raises ValueError for shapes or vocabularies that do not match.
 
     Defaults: temperature 1 (arXiv 2403.00858 trains with the plain distributions).
