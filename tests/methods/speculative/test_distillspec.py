@@ -1,4 +1,4 @@
-"""DistillSpec against closed forms and exact enumeration: losses, rates, lossy laws, the command."""
+"""DistillSpec against closed forms and enumeration: losses, rates, lossy laws, the command."""
 
 import itertools
 from fractions import Fraction

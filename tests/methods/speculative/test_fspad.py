@@ -212,7 +212,8 @@ def test_alignment_is_partial(outputs):
     draft_head_loss(p, q, features, weight, w_feature=0)["loss"].backward()
     assert q.grad is None or q.grad.abs().max() == 0
     assert p.grad.abs().max() > 0
-    assert features.grad is None and weight.grad is None
+    assert features.grad is None
+    assert weight.grad is None
 
 
 def test_at_the_targets_feature_the_cross_entropy_is_its_entropy(outputs):
@@ -221,7 +222,7 @@ def test_at_the_targets_feature_the_cross_entropy_is_its_entropy(outputs):
     parts = draft_head_loss(p, q, features, weight, w_feature=0, w_logits=1)
     law = (features @ weight.T).softmax(-1)
     entropy = -(law * law.log()).sum(-1).mean()
-    assert parts["loss"].item() == pytest.approx(entropy.item() * 10 / (10 + 1e-5), rel=1e-9)
+    assert parts["loss"].item() == pytest.approx(entropy.item() * 10 / (10 + 1e-5), rel=1e-7)
     assert torch.autograd.grad(parts["loss"], p)[0].abs().max() < 1e-9
     assert parts["acceptance"].item() == pytest.approx(1, abs=1e-5)
     for seed in range(20):
@@ -412,8 +413,8 @@ def test_kept_features_are_made_once(target, tmp_path, monkeypatch):
 def test_training_that_is_refused(target):
     with pytest.raises(ValueError, match="features are 16 wide, the head is for 8"):
         train_draft_head(target, FSPADHead(8, 16, heads=2), batch_of, steps=1)
+    short = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
     with pytest.raises(ValueError, match="at least two tokens"):
-        short = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
         train_draft_head(target, FSPADHead(**SIZES), [short], steps=1)
 
 

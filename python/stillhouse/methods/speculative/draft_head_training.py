@@ -56,9 +56,8 @@ def draft_head_loss(
         >>> round(parts["loss"].item(), 4)  # 0.1 log 10
         0.2303
     """
-    weight, bias = (
-        (lm_head, None) if isinstance(lm_head, Tensor) else (lm_head.weight, lm_head.bias)
-    )
+    is_weight = isinstance(lm_head, Tensor)
+    weight, bias = (lm_head, None) if is_weight else (lm_head.weight, lm_head.bias)
     if not for_logits.shape == for_feedback.shape == target_features.shape:
         raise ValueError(
             f"expected outputs and target_features of one shape [..., D], got "

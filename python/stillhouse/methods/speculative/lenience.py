@@ -20,7 +20,7 @@ COIN, FINAL = 0, 1  # streams of the keyed numbers
 
 
 def lenient_law(p: Tensor, q: Tensor, epsilon: float, kind: str = "linear") -> Tensor:
-    """What lossy speculative decoding emits: the law of one token. Not the target's for epsilon < 1.
+    """The law of a token of lossy speculative decoding: for epsilon < 1 not the target's.
 
     p, q: probabilities [..., V] of the target and the draft model. A draft x is kept with
     min(1, f(p(x), epsilon) / q(x)), else the token comes from the residual max(0, p - q):
@@ -64,8 +64,8 @@ def lenient_chain(
     temperature: float = 1.0,
     is_prob: bool = False,
 ) -> ops.VerifyOut:
-    """Verify chains of drafted tokens leniently. Lossy: the output's law is `lenient_law`'s, not the
-    target's, unless epsilon is 1, where it is `ops.tree_verify`'s with mode "multi_round".
+    """Verify chains of drafted tokens leniently. Lossy: the output's law is `lenient_law`'s, unless
+    epsilon is 1, where it is the target's, and that of `ops.tree_verify`, mode "multi_round".
 
     tokens: int [B, T], node 0 the last committed token, the T - 1 drafted ones behind it. target:
     [B, T, V], row i what the target says after node i. draft: [B, T, V], row i the law that node
