@@ -3,10 +3,10 @@ draft model that was distilled from it, and does the divergence matter?
 
 Target: 8 symbols of context, 256 hidden. Draft: 2 symbols, 16 hidden, 1,000 steps of fine-tuning
 first; then 1,500 steps of 512 contexts with each divergence, or with more fine-tuning, from the
-same draft on the same batches. The acceptance rate is that on 4,000 held-out contexts; tokens a round are those of real
-speculative decoding with 5 tokens a draft: 24 rounds behind 1,000 of the contexts, sampled, and 2
-rounds behind all of them, greedy: a byte model's greedy text soon goes round in circles, which any
-draft can follow.
+same draft on the same batches. The acceptance rate is that on 4,000 held-out contexts; tokens a
+round are those of real speculative decoding with 5 tokens a draft: 24 rounds behind 1,000 of the
+contexts, sampled, and 2 rounds behind all of them, greedy: a byte model's greedy text soon goes
+round in circles, which any draft can follow.
 """
 
 from collections.abc import Sequence
