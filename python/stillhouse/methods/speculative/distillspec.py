@@ -116,7 +116,7 @@ class DistillSpecLoss(DivergenceObjective):
         >>> parts = DistillSpecLoss("jsd", beta=0.1)(*rows, {})
         >>> parts["loss"].backward()
         >>> round(parts["acceptance"].item(), 4)
-        0.8707
+        0.8453
     """
 
     def __init__(
