@@ -18,10 +18,23 @@ from pathlib import Path
 
 import torch
 
-from . import divergence, fdb, kinds, linear, machine, measure, rvq, shards, sparse, step, transport
+from . import (
+    divergence,
+    draft,
+    fdb,
+    kinds,
+    linear,
+    machine,
+    measure,
+    rvq,
+    shards,
+    sparse,
+    step,
+    transport,
+)
 from .grid import Cell
 
-_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, step)
+_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, draft, step)
 FAMILIES = {family.NAME: family for family in _FAMILIES}
 CELL = ("family", "kind", "form", "dtype", "rows", "columns", "provider")
 RESULT = ("median_ms", "quarter_ms", "three_quarters_ms", "rounds", "extra_mib", "note")

@@ -18,10 +18,15 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-template <class T>
-void require_at_least(T least, T value, const char* name) {
+void require_at_least(int32_t least, int32_t value, const char* name) {
   require(value >= least, std::string("expected ") + name + " >= " + std::to_string(least) +
                               ", got " + std::to_string(value));
+}
+
+void require_between(int32_t least, int32_t most, int32_t value, const char* name) {
+  require(value >= least && value <= most, std::string("expected ") + name + " in [" +
+                                               std::to_string(least) + ", " + std::to_string(most) +
+                                               "], got " + std::to_string(value));
 }
 
 // Tokens [n], all of them at least 0 and below the vocabulary where there is one.
@@ -114,8 +119,8 @@ py::tuple drafted(const TrigramTable& table, const Array<int32_t>& context, Draf
 
 Search make_search(const TrigramTable& table, int32_t iterations, int32_t depth, int32_t keep,
                    int32_t max_nodes, double c1, double c2) {
-  require_at_least(1, iterations, "iterations");
-  require_at_least(1, depth, "depth");
+  require_between(1, kMostIterations, iterations, "iterations");
+  require_between(1, kMostDepth, depth, "depth");
   require_at_least(1, keep, "keep");
   require_at_least(1, max_nodes, "max_nodes");
   require(c1 >= 0 && std::isfinite(c1), "expected a finite c1 >= 0, got " + std::to_string(c1));
@@ -125,7 +130,7 @@ Search make_search(const TrigramTable& table, int32_t iterations, int32_t depth,
 
 py::tuple draft_beam(const TrigramTable& table, const Array<int32_t>& context, int32_t depth,
                      int32_t width, int32_t max_nodes) {
-  require_at_least(1, depth, "depth");
+  require_between(1, kMostDepth, depth, "depth");
   require_at_least(1, width, "width");
   require_at_least(1, max_nodes, "max_nodes");
   return drafted(table, context, [&](int32_t before_last, int32_t last) {

@@ -17,6 +17,8 @@
 
 namespace stillhouse::draft {
 
+constexpr int32_t kMostIterations = 1 << 20, kMostDepth = 64;
+
 struct SearchOptions {
   int32_t iterations, depth, keep, max_nodes;
   double c1, c2;
@@ -53,8 +55,9 @@ class Search {
     // A search makes 150 x 12 nodes in 50 us: their memory is worth keeping.
     thread_local Nodes nodes;
     const auto lock = table_.reading();
-    nodes.clear();
-    nodes.add(bigram(before_last, last), 0);
+    nodes.size = 0;
+    nodes.reserve(1);
+    nodes.add(bigram(before_last, last), 0, -1);
     for (int32_t i = 0; i < options_.iterations; ++i) {
       iterate(nodes, seed, step, uint32_t(i));
       if (nodes.count[0] == 0) break;  // nothing is known of this bigram
@@ -71,17 +74,21 @@ class Search {
     std::vector<double> sum, mean, weight, score;
     std::vector<uint64_t> key;
     std::vector<int32_t> visits, first, count, parent;
+    int32_t size = 0;
 
-    void clear() {
-      sum.clear(), mean.clear(), weight.clear(), score.clear();
-      key.clear(), visits.clear(), first.clear(), count.clear(), parent.clear();
+    // Room for `more` nodes: one check for all children of a node.
+    void reserve(int32_t more) {
+      if (size_t(size + more) <= key.size()) return;
+      const size_t room = std::max<size_t>(1024, 2 * size_t(size + more));
+      for (auto* column : {&sum, &mean, &weight, &score}) column->resize(room);
+      for (auto* column : {&visits, &first, &count, &parent}) column->resize(room);
+      key.resize(room);
     }
-    int32_t add(uint64_t bigram, double its_score, int32_t its_parent = -1) {
-      sum.push_back(0), mean.push_back(std::numeric_limits<double>::infinity());
-      weight.push_back(its_score), score.push_back(its_score);
-      key.push_back(bigram), visits.push_back(0), first.push_back(-1), count.push_back(0);
-      parent.push_back(its_parent);
-      return int32_t(key.size() - 1);
+    void add(uint64_t bigram, double its_score, int32_t its_parent) {
+      sum[size] = 0, mean[size] = std::numeric_limits<double>::infinity();
+      weight[size] = score[size] = its_score, key[size] = bigram, parent[size] = its_parent;
+      visits[size] = 0, first[size] = -1, count[size] = 0;
+      ++size;
     }
     int32_t token(int32_t node) const { return int32_t(uint32_t(key[node])); }
   };
@@ -104,7 +111,8 @@ class Search {
     }
     if (depth < options_.depth && nodes.first[node] < 0) {
       const int32_t count = table_.find(nodes.key[node], found);
-      nodes.first[node] = int32_t(nodes.key.size()), nodes.count[node] = count;
+      nodes.first[node] = nodes.size, nodes.count[node] = count;
+      nodes.reserve(count);
       for (int32_t i = 0; i < count; ++i)
         nodes.add(next(nodes.key[node], found[i].token), found[i].score, node);
       if (count > 0) node = nodes.first[node], value += nodes.score[node], ++depth;
@@ -137,9 +145,13 @@ class Search {
     struct Member {
       int32_t visits, parent, token, node;
     };
-    const int32_t count = int32_t(nodes.key.size()), keep = std::min(options_.keep, count);
-    std::vector<int32_t> order(count), member_of(count, -1);
-    std::iota(order.begin(), order.end(), 0);
+    // Most nodes were never visited: they are ranked only where the visited ones are too few.
+    std::vector<int32_t> order, member_of(nodes.size, -1);
+    for (int32_t i = 0; i < nodes.size; ++i)
+      if (nodes.visits[i] > 0) order.push_back(i);
+    for (int32_t i = 0; i < nodes.size && int32_t(order.size()) < options_.keep; ++i)
+      if (nodes.visits[i] == 0) order.push_back(i);
+    const int32_t keep = std::min<int32_t>(options_.keep, int32_t(order.size()));
     std::partial_sort(order.begin(), order.begin() + keep, order.end(), [&](int32_t i, int32_t j) {
       return nodes.visits[i] != nodes.visits[j] ? nodes.visits[i] > nodes.visits[j] : i < j;
     });

@@ -232,6 +232,15 @@ METHODS = {
             ),
         ),
         Method(
+            id="aded",
+            title="Adaptive draft-verification",
+            arxiv="2407.12021",
+            domain="speculative",
+            kind="drafter without a model, for speculative decoding",
+            kernels=("draft", "tree"),
+            names=("TrigramTable", "MCTSDrafter", "BeamDrafter", "NGramDrafter"),
+        ),
+        Method(
             id="db-llm",
             title="Dual-binarized weights and deviation-aware distillation",
             arxiv="2402.11960",
@@ -253,7 +262,7 @@ METHODS = {
             arxiv="2310.08461",
             domain="speculative",
             kind="logit loss on the draft's own text, exact and lossy decoding",
-            kernels=("divergence", "tree-verify"),
+            kernels=("divergence", "tree"),
             names=(
                 "DistillSpecLoss",
                 "tvd_plus_plus",
@@ -271,7 +280,7 @@ METHODS = {
             arxiv="2408.15562",
             domain="speculative",
             kind="draft head, feature and logit loss, trees that it grows",
-            kernels=("divergence", "tree-verify"),
+            kernels=("divergence", "draft", "tree"),
             names=(
                 "FSPADHead",
                 "draft_head_loss",

@@ -145,11 +145,12 @@ class MCTSDrafter:
     is more than max_nodes, the root included. Nodes are deterministic (kind 2), their scores are
     visits. A context of one token, and a pair that the table does not know, draft nothing. The same
     table, context and state.seed give the same draft. Several drafters may share a table.
-    Raises ValueError for iterations, depth, keep or max_nodes below 1, c1 < 0, c2 <= 0 or window
-    below 0, and for token ids that the table refuses.
+    Raises ValueError for iterations, depth, keep or max_nodes below 1, for more than 2^20
+    iterations or a depth above 64, for c1 < 0, c2 <= 0 and window < 0, and for token ids that the
+    table refuses.
 
-    Defaults: 150 iterations, 3 tokens deep, 24 kept, c1 32, c2 8 (paper and code), window 16 (code),
-    64 nodes (the code has 64 and the root).
+    Defaults: 150 iterations, 3 tokens deep, 24 kept, c1 32, c2 8 (paper and code), window 16 and
+    64 nodes (code, which has the root beside them).
 
     Example:
         >>> import torch

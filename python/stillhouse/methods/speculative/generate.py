@@ -124,7 +124,7 @@ class _Sequence:
     seed: int
     accepted: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
-    features: Tensor | None = None
+    hidden: Tensor | None = None
     budget: Budget | FixedBudget | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class _Sequence:
             step=len(self.accepted),
             room=self.budget.room(),
             depth=self.left - 1,
-            features=self.features,
+            hidden=self.hidden,
         )
 
     def commit(self, tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
@@ -183,7 +183,7 @@ class _Generation:
         room = max(each.most for each in sequences) + self.max_nodes + 1
         features = self.target.read([each.prompt for each in sequences], room)
         for place, each in enumerate(sequences):
-            each.features = None if features is None else features[place]
+            each.hidden = None if features is None else features[place]
             each.budget = FixedBudget(self.max_nodes)
             if self.adaptive:
                 each.budget = Budget(self._costs(len(sequences)), self.max_nodes)
@@ -213,7 +213,9 @@ class _Generation:
         goes_on = []
         for row, (each, draft, tree) in enumerate(zip(active, drafts, trees, strict=True)):
             if self.target.needs_features:
-                each.features = self.target.features[row, paths[row]]
+                # A drafter that had nothing to draft may not have read its features either.
+                before = [each.hidden] if len(draft) == 1 else []
+                each.hidden = torch.cat([*before, self.target.features[row, paths[row]]])
             each.accepted.append(len(paths[row]) - 1)
             each.drafted.append(max(depths_of(tree)))
             each.budget.observe(draft, tree, committed[row])

@@ -13,14 +13,15 @@ def token_array(ids: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
 
     Raises TypeError for ids that are not whole numbers, ValueError for those beyond int32.
     """
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    array = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
     if array.dtype == np.int32:
         return np.ascontiguousarray(array)
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"expected token ids to be integers, got {array.dtype}")
-    low, high = array.min(), array.max()
-    if low < -(2**31) or high >= 2**31:
-        raise ValueError(f"expected token ids below 2^31, got {low if low < 0 else high}")
-    return array.astype(np.int32)
+    narrow = array.astype(np.int32)
+    if (narrow != array).any():
+        wrong = array[narrow != array][0]
+        raise ValueError(f"expected token ids below 2^31, got {wrong}")
+    return narrow
