@@ -27,7 +27,7 @@ def state_of(target, ids, since=0, **options):
     """After a round that has committed all behind `since`."""
     ids = torch.tensor(ids)
     features = target_features(target, {"input_ids": ids[None]})[0, since:-1]
-    return DraftState(ids, features=features, **options)
+    return DraftState(ids, hidden=features, **options)
 
 
 def scored(head, target, ids, path):
@@ -106,10 +106,10 @@ def test_what_was_read_need_not_be_read_again(head, target):
     drafter, rounds = DynamicTreeDrafter(head, target, total=20, depth=3, top_k=4), [3, 5, 6, 10]
     since = 0
     for step, end in enumerate(rounds):
-        # The second round has no time for a draft; what it was told is read in the third.
+        # The second round has no time for a tree; the third is told its features once more.
         room = 0 if step == 1 else None
         tree = drafter.draft(state_of(target, ids[:end], since, step=step, room=room))
-        since = end - 1
+        since = since if step == 1 else end - 1
         fresh = DynamicTreeDrafter(head, target, total=20, depth=3, top_k=4)
         expected = fresh.draft(state_of(target, ids[:end], room=room))
         assert torch.equal(tree.tokens, expected.tokens)
@@ -181,7 +181,7 @@ def test_states_that_are_refused(head, target):
     with pytest.raises(ValueError, match="expected features of the 4 tokens before the root"):
         drafter.draft(state_of(target, [3, 1, 4, 1, 5], since=2))
     drafter.draft(state_of(target, [3, 1, 4]))
-    with pytest.raises(ValueError, match="of those behind the root of the last draft, got 1"):
+    with pytest.raises(ValueError, match="of those since the root of the last tree, got 1"):
         drafter.draft(state_of(target, [3, 1, 4, 1, 5], since=3))
     with pytest.raises(ValueError, match="expected features"):
         drafter.draft(state_of(target, [9, 1, 4, 1, 5], since=2))

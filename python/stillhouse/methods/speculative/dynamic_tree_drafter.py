@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -135,7 +134,7 @@ class DynamicTreeDrafter:
         >>> target = LlamaForCausalLM(LlamaConfig(**sizes))
         >>> head = FSPADHead(16, 32, heads=2)
         >>> drafter = DynamicTreeDrafter(head, target, total=8, depth=3, top_k=4)
-        >>> state = DraftState(torch.tensor([3, 1, 4]), features=torch.randn(2, 16))
+        >>> state = DraftState(torch.tensor([3, 1, 4]), hidden=torch.randn(2, 16))
         >>> tree = drafter.draft(state)
         >>> len(tree), tree.tokens[0].item()
         (8, 4)
@@ -174,68 +173,47 @@ class DynamicTreeDrafter:
             )
         self.head, self.total, self.depth, self.top_k = head, total, depth, top_k
         self.positions = getattr(target.config, "max_position_embeddings", None)
-        self._read: dict[int, _Reading] = {}
+        self._read: dict[int, tuple[Tensor, HeadCache]] = {}  # of rows: ids, what was made of them
 
     @torch.no_grad()
     def draft(self, state: DraftState) -> DraftTree:
         """The tree behind the last of `state.ids`, as large as `state.room` and `state.depth` let
-        it be, from `state.features`."""
-        reading = self._reading(state)
-        length, root = len(state.ids), int(state.ids[-1])
+        it be, from `state.hidden`."""
+        ids, features = state.ids, state.hidden
+        if features is None:
+            raise ValueError("expected the target's features: the drafter has needs_features set")
         depth = self.depth if state.depth is None else min(self.depth, state.depth)
         total = self.total if state.room is None else min(self.total, state.room + 1)
-        if total == 1 or depth < 1 or not len(reading.features):
-            return DraftTree.chain([root])
-        if self.positions is not None and length + depth > self.positions:
+        root = ids[-1:]
+        if total == 1 or depth < 1 or not len(features):
+            return DraftTree.chain(root.tolist())
+        if self.positions is not None and len(ids) + depth > self.positions:
             raise ValueError(
-                f"a tree of depth {depth} behind {length} tokens is more than the target's "
+                f"a tree of depth {depth} behind {len(ids)} tokens is more than the target's "
                 f"{self.positions} positions"
             )
+        cache, weight = self._cache(state.row, ids, features), self.output_head.weight
         # At t the head reads feature t and token t + 1: the root is its last token.
-        cache, weight = reading.cache, self.output_head.weight
-        embeddings = self.embedding(state.ids[cache.length + 1 :].to(weight.device))
-        outputs = self.head(reading.features[None].to(weight), embeddings[None], cache=cache)
-        reading.features = reading.features[:0]
+        embeddings = self.embedding(ids[cache.length + 1 :].to(weight.device))
+        outputs = self.head(features[None].to(weight), embeddings[None], cache=cache)
+        self._read[state.row] = ids, cache
         last = (each[:, -1] for each in outputs)
         options = {"depth": depth, "top_k": self.top_k}
         found = grow(self.head, self.embedding, self.output_head, *last, cache, **options)
-        return trees_of(found, torch.tensor([root]), total)[0]
+        return trees_of(found, root, total)[0]
 
     def accept(self, ids: Tensor) -> None:
         """Nothing to learn: the next state has the tokens, and their features."""
 
-    def _reading(self, state: DraftState) -> _Reading:
-        """What the head has read of this sequence, with the features that it has not read yet."""
-        ids, new = state.ids, state.features
-        if new is None:
-            raise ValueError("expected the target's features: the drafter has needs_features set")
-        known = self._read.get(state.row)
-        if len(new) == len(ids) - 1:
-            known = self._read[state.row] = _Reading(HeadCache(), new)
-        elif (
-            known is None
-            or known.length + len(new) != len(ids) - 1
-            or not torch.equal(known.ids, ids[: len(known.ids)])
-        ):
+    def _cache(self, row: int, ids: Tensor, features: Tensor) -> HeadCache:
+        """What the head has read of this sequence: all up to where the features begin."""
+        start = len(ids) - 1 - len(features)
+        if start == 0:
+            return HeadCache()
+        known, cache = self._read.get(row, (ids[:0], None))
+        if cache is None or cache.length != start or not torch.equal(known, ids[: len(known)]):
             raise ValueError(
                 f"expected features of the {len(ids) - 1} tokens before the root, or of those "
-                f"behind the root of the last draft, got {len(new)}"
+                f"since the root of the last tree, got {len(features)}"
             )
-        else:
-            known.features = torch.cat([known.features, new])
-        known.ids = ids
-        return known
-
-
-@dataclass
-class _Reading:
-    """What the head has read of a sequence, and the features behind that."""
-
-    cache: HeadCache
-    features: Tensor
-    ids: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens whose features are known."""
-        return self.cache.length + len(self.features)
+        return cache
