@@ -210,7 +210,8 @@ class Job:
         model = models.load_model(name, self.arguments.dtype).eval().to(self.target.device)
         # A folder without a tokenizer is taken to have the target's.
         if models.has_tokenizer(name):
-            models.check_tokenizers(models.load_tokenizer(name), self.tokenizer)
+            tokenizer = models.load_tokenizer(name)
+            models.check_tokenizers(tokenizer, self.tokenizer, ("--draft", "--target"))
         drafter = LanguageModelDrafter(model, length=self.arguments.draft_length)
         self.drafters[f"model {Path(name).parent.name or name}"] = lambda prompt: drafter
 

@@ -21,7 +21,7 @@ from stillhouse.methods.speculative.budget import Budget, Costs, FixedBudget, de
 from stillhouse.methods.speculative.cached_model import CachedModel, check_model
 from stillhouse.methods.speculative.statistics import GenerationStats
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
-from stillhouse.ops import tree_build, tree_verify
+from stillhouse.ops import TreeLinks, tree_build, tree_mask, tree_positions, tree_verify
 from stillhouse.ops.random import philox_words
 from stillhouse.train.forward import evaluating
 from stillhouse.train.models import head_width
@@ -153,7 +153,6 @@ class _Sequence:
 
     def commit(self, tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
         """Write them down, up to an end; what was written, and whether it goes on."""
-        tokens = tokens[: self.left]
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         if end is not None:
             tokens = tokens[: end + 1]
@@ -250,24 +249,23 @@ class _Generation:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Accepted nodes, the root first, and committed tokens of each sequence."""
         tokens, parents, kind, draft = batch_trees(trees)
-        links = tree_build(parents)
+        links = tree_build(parents)  # on the CPU, where a tree that is none is noticed at once
         device = self.target.device
         start = torch.tensor([each.length - 1 for each in active])
-        # Padded nodes have depth -1: any position does, as long as the model has it.
-        positions = (start[:, None] + links.depth).clamp(min=0)
-        count = tokens.shape[1]
-        visible = None if count == 1 else _ancestors(links.ancestors, count)
-        logits = self.target.forward(tokens.long().to(device), positions.to(device), visible)
-        temperature, logits = self.warp(logits)
+        positions = tree_positions(links, start).to(device)
+        visible = tree_mask(links) if tokens.shape[1] > 1 else None
+        logits = self.target.forward(tokens.long().to(device), positions, visible)
+        temperature, logits = self.warp(logits, sampled=draft is not None)
         out = tree_verify(
             tokens.to(device),
-            type(links)(*(each.to(device) for each in links)),
+            TreeLinks(*(each.to(device) for each in links)),
             logits,
             None if draft is None else draft.to(device),
             kind=kind.to(device),
             temperature=temperature,
             seed=torch.tensor([each.seed for each in active], device=device),
             position=start.to(device) + 1,
+            check=True,
             **self.verification,
         )
         ends = (out.n_accepted + 1).tolist()
@@ -301,23 +299,16 @@ class _Warp:
         self.warpers = [] if top_k is None else [TopKLogitsWarper(top_k)]
         self.warpers += [] if top_p is None else [TopPLogitsWarper(top_p)]
 
-    def __call__(self, logits: Tensor) -> tuple[float | None, Tensor]:
+    def __call__(self, logits: Tensor, *, sampled: bool) -> tuple[float, Tensor]:
         """The temperature that is left to divide by, and logits [B, T, V]."""
-        if self.temperature == 0:
-            return None, logits
+        if self.temperature == 0 or not (sampled or self.warpers):
+            return self.temperature, logits
         # Drafts come as log-probabilities of what was drawn from: no temperature is theirs.
         scores = logits.float() / self.temperature
         rows = scores.flatten(0, 1)
         for warper in self.warpers:
             rows = warper(None, rows)
         return 1.0, rows.view(scores.shape)
-
-
-def _ancestors(words: Tensor, count: int) -> Tensor:
-    """bool [B, T, T] of bits [B, T, ceil(T / 64)], padded nodes seeing themselves: a row that sees
-    nothing has no softmax."""
-    bits = words[..., None] >> torch.arange(64) & 1
-    return bits.flatten(-2)[..., :count].bool() | torch.eye(count, dtype=torch.bool)
 
 
 def _needs_features(drafter: Drafter) -> bool:

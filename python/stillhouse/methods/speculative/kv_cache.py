@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stillhouse.ops import kv_gather_indices
+
 
 class TreeCache(Cache):
     """A `transformers` cache of B sequences of their own lengths, with room for a tree behind each.
@@ -59,17 +61,15 @@ class TreeCache(Cache):
         """Node ids of a path for each sequence, the root first: they now belong to it, and the
         rest of the tree is forgotten."""
         width = self.width
-        for row, path in enumerate(paths):
-            length, count = self.lengths[row], len(path)
-            # A first child's first child lies where it belongs, and that is the usual path.
-            kept = 0
-            if length == width:
-                while kept < count and path[kept] == kept:
-                    kept += 1
-            if kept < count:
-                source = torch.tensor([width + node for node in path[kept:]])
-                self._move(row, source, slice(length + kept, length + count))
-            self.lengths[row] += count
+        # Behind the longest sequence a first child's first child lies where it belongs already.
+        if any(
+            len(path) and (length < width or list(path) != list(range(len(path))))
+            for length, path in zip(self.lengths, paths, strict=True)
+        ):
+            self._move(paths)
+        self.lengths = [
+            length + len(path) for length, path in zip(self.lengths, paths, strict=True)
+        ]
         self.stored = 0
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -79,11 +79,20 @@ class TreeCache(Cache):
             chosen = torch.tensor(rows, device=layer.keys.device)
             layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
 
-    def _move(self, row: int, source: Tensor, target: slice) -> None:
+    def _move(self, paths: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, paths))
+        nodes = torch.tensor([[*path, *[-1] * (longest - len(path))] for path in paths])
+        source = kv_gather_indices(nodes, self.width)
+        # Shorter paths move something behind their ends, too: it is overwritten, and never seen.
+        target = torch.tensor(self.lengths)[:, None] + torch.arange(longest)
         for layer in self.layers:
-            places = source.to(layer.keys.device)
-            for part in (layer.keys[row], layer.values[row]):
-                part[:, target] = part[:, places]  # the right side is a copy: they may overlap
+            for part in (layer.keys, layer.values):
+                shape = -1, part.shape[1], -1, part.shape[3]
+                from_, to = (
+                    each.to(part.device)[:, None, :, None].expand(shape)
+                    for each in (source, target)
+                )
+                part.scatter_(2, to, part.gather(2, from_))
 
 
 class _Layer(DynamicLayer):

@@ -19,11 +19,10 @@ from stillhouse.methods.speculative.tree import (
     DraftState,
     DraftTree,
 )
-from stillhouse.ops.random import philox_uniform
+from stillhouse.ops.random import DRAFTING, philox_uniform
 from stillhouse.train.forward import evaluating
 
 Proposal = Literal["without_replacement", "iid", "greedy_draft", "top"]
-DRAFTING = 2  # stream of the random numbers
 ROOM = 64  # places to have behind a prompt at first
 
 
