@@ -11,6 +11,7 @@ from stillhouse.methods.speculative import (
     target_features,
 )
 from stillhouse.ops import tree_build, tree_paths
+from stillhouse.recipes.speculative import fspad as recipe
 
 VOCABULARY = 11
 
@@ -212,6 +213,21 @@ def test_greedy_text_is_the_targets(head, target, total):
         assert stats.nodes == 0
     else:
         assert stats.tokens_per_round > 1
+
+
+@pytest.mark.parametrize("prompt", [[3, 1, 4, 1, 5], [9, 2], [2, 6, 5]])
+def test_what_is_accepted_is_what_the_target_goes_on_with(head, target, prompt):
+    """What the recipe counts: how far the tree holds the target's own text."""
+    drafter = DynamicTreeDrafter(head, target, total=30, depth=5, top_k=6)
+    options = dict(max_new_tokens=20, eos_token_id=(), adaptive=False)
+    ids, stats = generate(target, drafter, [prompt], **options)
+    whole, at = [*prompt, *ids[0].tolist()], len(prompt)
+    for accepted in stats.accepted[0]:
+        depth = len(whole) - at - 1
+        tree = drafter.draft(state_of(target, whole[:at], depth=depth))
+        assert recipe._depth_of(tree, whole[at:]) == accepted
+        at += accepted + 1
+    assert stats.n_accepted > 0
 
 
 def test_a_tree_with_all_tokens_is_right_for_certain(head, target):

@@ -135,8 +135,8 @@ def _rows(
     tokens: Tensor, target: Tensor, draft: Tensor, temperature: float, is_prob: bool
 ) -> tuple[Tensor, Tensor]:
     """Both sides' probabilities, float64 [B, T, V]."""
-    if tokens.dim() != 2 or not tokens.shape[1]:
-        raise ValueError(f"expected tokens [B, T] with T >= 1, got {list(tokens.shape)}")
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"expected tokens [B, T] with B, T >= 1, got {list(tokens.shape)}")
     for name, x in (("target", target), ("draft", draft)):
         if x.dim() != 3 or x.shape[:2] != tokens.shape:
             raise ValueError(f"expected {name} {list(tokens.shape)} x V, got {list(x.shape)}")
@@ -146,7 +146,9 @@ def _rows(
             "they need one vocabulary"
         )
     if tokens.min() < 0 or tokens.max() >= target.shape[-1]:
-        raise ValueError(f"expected tokens in [0, {target.shape[-1]}), got {tokens.tolist()}")
+        raise ValueError(
+            f"expected tokens in [0, {target.shape[-1]}), got {tokens.min()} to {tokens.max()}"
+        )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"expected a temperature > 0, got {temperature}: verify greedily at 0")
     if is_prob:
