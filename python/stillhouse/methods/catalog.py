@@ -256,6 +256,39 @@ METHODS = {
             ),
             objective="EntropyWeightedLoss",
         ),
+        Method(
+            id="distillspec",
+            title="Draft models distilled for speculative decoding",
+            arxiv="2310.08461",
+            domain="speculative",
+            kind="logit loss on the draft's own text, exact and lossy decoding",
+            kernels=("divergence", "tree"),
+            names=(
+                "DistillSpecLoss",
+                "tvd_plus_plus",
+                "acceptance_rate",
+                "block_efficiency",
+                "speed_up",
+                "lenient_law",
+                "lenient_chain",
+            ),
+            objective="DistillSpecLoss",
+        ),
+        Method(
+            id="fspad",
+            title="Draft heads with feature sampling and partial alignment",
+            arxiv="2408.15562",
+            domain="speculative",
+            kind="draft head, feature and logit loss, trees that it grows",
+            kernels=("divergence", "draft", "tree"),
+            names=(
+                "FSPADHead",
+                "draft_head_loss",
+                "target_features",
+                "train_draft_head",
+                "DynamicTreeDrafter",
+            ),
+        ),
     )
 }
 
