@@ -34,12 +34,6 @@ inline double puct(double sum, double visits, double score, double parent_visits
   return sum / visits + exploration(parent_visits, c1, c2) * score / (1 + visits);
 }
 
-// 53 random bits, never 0 or 1.
-inline double uniform(const Words4& words) {
-  const uint64_t bits = uint64_t(words.word[0]) << 21 | words.word[1] >> 11;
-  return (double(bits) + 0.5) * 0x1p-53;
-}
-
 constexpr uint32_t kDraftStream = 2;
 
 class Search {
