@@ -16,6 +16,7 @@ from stillhouse.ops import (
     linear_divergence_autograd,
     rvq_autograd,
     sinkhorn_autograd,
+    tree_registered,
 )
 
 # SIMT_LIBRARY names another build, such as the one with sanitizers.
@@ -65,6 +66,7 @@ def _simt_ops():
         linear_divergence_autograd,
         rvq_autograd,
         sinkhorn_autograd,
+        tree_registered,
     ):
         family.register("stillhouse_simt")
     return torch.ops.stillhouse_simt

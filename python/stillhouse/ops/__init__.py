@@ -73,6 +73,7 @@ from .tree import (
     tree_paths,
     tree_positions,
 )
+from .tree_analysis import acceptance_bound, expected_tokens
 from .tree_verification import VerifyOut, tree_verify
 
 __all__ = [
@@ -114,6 +115,7 @@ __all__ = [
     "Transport",
     "TreeLinks",
     "VerifyOut",
+    "acceptance_bound",
     "as_kind",
     "bsq",
     "bsq_decode",
@@ -121,6 +123,7 @@ __all__ = [
     "cpu_level",
     "divergence",
     "divergence_loss",
+    "expected_tokens",
     "fdb_matmul",
     "fdb_pack",
     "fdb_quantize",

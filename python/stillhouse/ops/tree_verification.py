@@ -23,7 +23,7 @@ from .tree_reference import (
 
 _PROPOSED = ("multi_round", "traversal")  # modes that compare with the proposal
 _NUMBERS = {mode: number for number, mode in enumerate(MODES)}
-_BROKEN = {
+BROKEN = {
     NOT_FINITE: "a row has NaN or +inf, or nothing above -inf",
     NOT_NORMALIZED: "a row of probabilities is negative somewhere, or does not sum to 1",
     NO_SUCH_TOKEN: "a node's token is outside of the vocabulary",
@@ -271,6 +271,6 @@ def _check_content(status: Tensor, kind: Tensor | None) -> None:
     if kind is not None and bool((kind > BEHIND_DETERMINISTIC).any()):
         raise ValueError(f"kind must be 0 to {BEHIND_DETERMINISTIC}, got {int(kind.max())}")
     for row, bits in enumerate(status.tolist()):
-        for bit, words in _BROKEN.items():
+        for bit, words in BROKEN.items():
             if bits & bit:
                 raise ValueError(f"tree {row} could not be verified: {words}")
