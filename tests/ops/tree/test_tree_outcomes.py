@@ -1,4 +1,4 @@
-"""Every branch of every rule, at coins on either side of each threshold: thresholds in fractions."""
+"""Every branch of every rule, at coins on either side of each threshold, in fractions."""
 
 from fractions import Fraction
 
@@ -9,10 +9,11 @@ from stillhouse import ops
 
 NEAR = Fraction(1, 10**5)
 # Tokens, parents and kinds of trees over three tokens.
+SEVEN = [-1, 0, 0, 1, 1, 2, 2]
 TREES = {
-    "iid": ([0, 1, 1, 0, 2, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [1] * 7),
-    "without replacement": ([0, 2, 0, 1, 0, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [0] * 7),
-    "deterministic": ([0, 2, 0, 1, 0, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [2] * 7),
+    "iid": ([0, 1, 1, 0, 2, 2, 1], SEVEN, [1] * 7),
+    "without replacement": ([0, 2, 0, 1, 0, 2, 1], SEVEN, [0] * 7),
+    "deterministic": ([0, 2, 0, 1, 0, 2, 1], SEVEN, [2] * 7),
     "sampled, deterministic": (
         [0, 1, 0, 2, 1, 0, 2],
         [-1, 0, 0, 1, 1, 2, 2],
