@@ -22,6 +22,7 @@ import torch
 from . import (
     calls,
     divergence,
+    draft,
     fdb,
     kinds,
     linear,
@@ -35,7 +36,7 @@ from . import (
 )
 from .grid import Cell
 
-_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, step)
+_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, draft, step)
 FAMILIES = {family.NAME: family for family in _FAMILIES}
 CELL = ("family", "kind", "form", "dtype", "rows", "columns", "provider")
 RESULT = ("median_ms", "quarter_ms", "three_quarters_ms", "rounds", "extra_mib", "note")

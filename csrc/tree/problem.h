@@ -7,7 +7,7 @@
 
 namespace stillhouse {
 
-constexpr int64_t kMostAccepted = 64;
+constexpr int64_t kMostAccepted = 64, kMostChildren = 64;
 
 // The links of trees [B, T], from parents.
 struct TreeLinks {
@@ -16,7 +16,8 @@ struct TreeLinks {
   int32_t *first_child, *next_sibling, *depth, *bad;
   uint64_t* ancestors;
 
-  // Nodes come after their parents; where one does not, it is named and the rest left out.
+  // Nodes come after their parents, not too deep and not too many of one; the first that does not is named,
+  // and the rest left out. Children are counted where their next siblings will be.
   SH_INLINE void build(int64_t tree) const {
     const int64_t first = tree * nodes;
     bad[tree] = -1;
@@ -31,7 +32,10 @@ struct TreeLinks {
         padded = true;
         continue;
       }
-      const bool is_right = i == 0 ? parent == -1 : parent >= 0 && parent < i && !padded;
+      bool is_right = i == 0 ? parent == -1 : parent >= 0 && parent < i && !padded;
+      if (is_right && i > 0)
+        is_right =
+            depth[first + parent] < kMostAccepted && ++next_sibling[first + parent] < kMostChildren;
       if (!is_right) {
         bad[tree] = int32_t(i);
         return;
@@ -43,6 +47,7 @@ struct TreeLinks {
       depth[first + i] = i == 0 ? 0 : depth[first + parent] + 1;
     }
     // From the last node back, each becomes its parent's first child.
+    for (int64_t i = 0; i < nodes; ++i) next_sibling[first + i] = -1;
     for (int64_t i = nodes - 1; i > 0; --i) {
       const int32_t parent = parents[first + i];
       if (parent < 0) continue;

@@ -90,7 +90,8 @@ struct TreeWalk {
     device.write([&] {
       const int32_t begin = level == 0 ? 0 : end(memory.frames[level - 1]);
       double* const masses = memory.masses + level * spans_of(t.columns);
-      f = {node, first_child(node), begin, 0, false, accept, {}, {}, masses};
+      const int32_t child = accepted + level < t.depth ? first_child(node) : -1;
+      f = {node, child, begin, 0, false, accept, {}, {}, masses};
     });
     return f;
   }
@@ -250,7 +251,6 @@ struct TreeWalk {
     while (node >= 0) {
       Frame& f = enter(0, node, 1);
       node = step(f, last);
-      if (node >= 0 && accepted == t.depth) node = -1;
     }
     finish(last);
   }
@@ -325,10 +325,10 @@ struct TreeWalk {
     enter(0, 0, 1);
     for (;;) {
       Frame& f = memory.frames[level];
-      if (f.child >= 0 && level < t.depth) {
+      if (f.child >= 0) {
         if (!is_token(token(f.child)) || !open(f, true)) break;
         const Odds of = odds(f, f.child);
-        const double ratio = of.q > 0 ? f.accept * of.p / of.q : of.p > 0 ? 1 : 0;
+        const double ratio = of.q > 0 ? f.accept * of.p / of.q : f.accept * of.p > 0 ? 1 : 0;
         enter(++level, f.child, ratio < 1 ? ratio : 1);
         continue;
       }

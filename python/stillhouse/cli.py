@@ -110,6 +110,47 @@ def quantize(
     raise typer.Exit(exit_code(action, traceback_wanted=debug))
 
 
+@app.command(
+    help="Speculative decoding: tokens a second with drafts beside plain generate(), on text that "
+    "repeats itself, code and prose. Leaves a report and plots.",
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
+def speculate(
+    target: str = typer.Option("smollm2", help="hub id, folder, .gguf file, or smollm2"),
+    draft: str | None = typer.Option(
+        None,
+        help="a smaller model with the target's tokenizer: hub id, folder or .gguf; if neither "
+        "this nor --drafter is given, the student of smollm2 that `make distill` left in runs/",
+    ),
+    drafter: str | None = typer.Option(
+        None, help="aded, ngram or fspad (with --head), or several: aded,ngram; else aded"
+    ),
+    head: str | None = typer.Option(None, help="folder of the draft head of fspad"),
+    corpus: str = typer.Option("stdlib-docs", help="what aded counts first, as --data of distill"),
+    prompts: str | None = typer.Option(None, help="more texts to continue, as --data of distill"),
+    out: str = typer.Option("runs/speculate", help="folder for the report and plots"),
+    dtype: str = typer.Option("float32", help="auto, float32, bfloat16 or float16; of all models"),
+    max_new_tokens: int = typer.Option(128, help="tokens that are written behind each prompt"),
+    prompt_tokens: int = typer.Option(96, help="tokens of a prompt, at most"),
+    draft_length: int = typer.Option(5, help="tokens that --draft proposes, at most"),
+    max_nodes: int = typer.Option(32, help="nodes of a tree, at most; the clock decides"),
+    temperature: float = typer.Option(0.0, help="0 is greedy"),
+    top_p: float | None = typer.Option(None, help="as in transformers"),
+    mode: str = typer.Option("auto", help="of ops.tree_verify; typical is lossy"),
+    repeats: int = typer.Option(5, help="rounds, of which the median counts"),
+    seed: int = typer.Option(0, help="of what is drawn"),
+    debug: bool = typer.Option(False, help="show the traceback of an error"),
+) -> None:
+    given = {name: value for name, value in locals().items() if name != "debug"}
+
+    def action() -> None:
+        from stillhouse.recipes import speculate as job
+
+        job.speculate(job.SpeculateArguments(**given))
+
+    raise typer.Exit(exit_code(action, traceback_wanted=debug))
+
+
 @app.command(help="List the methods, or show one: equation, defaults, example.")
 def methods(
     id: str | None = typer.Argument(None, help="a method, such as taid"),

@@ -73,7 +73,7 @@ def test_show_lists_a_domain(capsys):
     printed = capsys.readouterr().out
     assert "dm-codec" in printed
     assert "taid" not in printed
-    expected = "no domain 'langage': expected one of language, speech, compression"
+    expected = "no domain 'langage': expected one of language, speech, speculative, compression"
     with pytest.raises(ValueError, match=expected):
         runner.show(domain="langage")
 

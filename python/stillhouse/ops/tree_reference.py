@@ -73,16 +73,18 @@ class Residual:
 
     def reject(self, token: int, kind: int, accept: float = 1.0) -> float:
         """p becomes norm(relu(accept p - q)); the probability to accept the node itself then."""
-        left = accept * self.p
         if kind == DETERMINISTIC:
+            left = self.p.copy()
             left[token] = 0
         else:
-            left = np.maximum(left - self.q, 0)
+            left = np.maximum(accept * self.p - self.q, 0)
         mass = float(left.sum())
         if mass <= LEAST_MASS:
             self.vanished = True
         else:
             self.p = left / mass
+        if kind == DETERMINISTIC:
+            mass *= accept
         if kind in (WITHOUT_REPLACEMENT, BEHIND_DETERMINISTIC):
             self._remove(token)
         refused = 1 - accept

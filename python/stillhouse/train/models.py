@@ -153,8 +153,10 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, vocab_size: int | None = 
         )
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Raise ValueError unless both tokenizers give the same ids."""
+def check_tokenizers(
+    student: Any, teacher: Any, names: tuple[str, str] = ("student", "teacher")
+) -> None:
+    """Raise ValueError unless both tokenizers give the same ids; `names` are what it calls them."""
     if student is teacher:
         return
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -162,8 +164,8 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         differing = sorted(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
         token, number = differing[0]
         raise ValueError(
-            f"tokenizer mismatch: student has {len(ours)} tokens and teacher {len(theirs)}, the "
-            f"first that differs is {token!r} (id {number}): logits can only be compared with "
+            f"tokenizer mismatch: {names[0]} has {len(ours)} tokens and {names[1]} {len(theirs)}, "
+            f"the first that differs is {token!r} (id {number}): logits can only be compared with "
             "one vocabulary"
         )
     if student(PROBE)["input_ids"] != teacher(PROBE)["input_ids"]:

@@ -1,0 +1,1 @@
+"""What the methods of speculative decoding claim, measured."""
