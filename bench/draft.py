@@ -15,7 +15,6 @@ from functools import cache
 import numpy as np
 import torch
 
-from . import calls
 from .divergence import OURS
 from .grid import Cell, Provider
 
@@ -83,17 +82,3 @@ def build_floor(cell: Cell) -> Callable[[], None]:
 
 
 PROVIDERS = (Provider(OURS, build_ours),)
-
-
-def runners(
-    cell: Cell, providers: list[Provider], device: str
-) -> dict[str, Callable[[int], float]]:
-    """The functions to time at a cell, and the floor."""
-    return calls.runners(cell, providers, "cpu", build_floor)
-
-
-def memory_call(
-    cell: Cell, name: str, threads: int, device: str
-) -> tuple[Callable[[], object], int]:
-    """For `measure.peak_memory`: the warmed-up call, and no gradient."""
-    return calls.memory_call(PROVIDERS, cell, name, threads, "cpu")
