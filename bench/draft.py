@@ -1,7 +1,7 @@
 """The family of drafters without a model: trees behind contexts, out of tables of a real size.
 
-A call makes `rows` drafts, one behind each of as many contexts, of at most `columns` nodes: its
-time divided by `rows` is a draft's. `search` is ADED's tree search over a tri-gram table, which is
+A call makes `rows` drafts, one behind each of as many contexts, of at most `columns` nodes; the
+time is that of one. `search` is ADED's tree search over a tri-gram table, which is
 adapted to the context first, as in generation; `beam` the beam search over the same table, `lookup`
 the longest n-gram's continuations. Tables hold two million tokens that are as unequally frequent as
 words. The floor of a draft is its own tree, made of arrays that are there already.
@@ -28,6 +28,11 @@ PAUSE_SECONDS = 0.0  # no pool of threads is at work here
 def grid() -> list[Cell]:
     """A hundred drafts of 64 nodes."""
     return [Cell(NAME, kind, "tree", "int32", 100, 64) for kind in (SEARCH, BEAM, LOOKUP)]
+
+
+def products(cell: Cell) -> int:
+    """Drafts of one call."""
+    return cell.rows
 
 
 @cache

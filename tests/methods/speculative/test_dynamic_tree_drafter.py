@@ -258,7 +258,7 @@ def law_of(target, prompt, count):
 def test_sampled_text_has_the_targets_law(head, target):
     """Chi-square of the first two tokens, 121 cells; the same statistic refuses a wrong law."""
     drafter = DynamicTreeDrafter(head, target, total=6, depth=2, top_k=3)
-    draws, prompt = 20_000, [3, 1, 4]
+    draws, prompt = 8_000, [3, 1, 4]
     expected = law_of(target, prompt, 2) * draws
     counts = torch.zeros(VOCABULARY**2, dtype=torch.float64)
     options = dict(max_new_tokens=2, temperature=1.0, eos_token_id=(), adaptive=False)
