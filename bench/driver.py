@@ -33,10 +33,11 @@ from . import (
     sparse,
     step,
     transport,
+    tree,
 )
 from .grid import Cell
 
-_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, draft, step)
+_FAMILIES = (divergence, kinds, linear, sparse, shards, transport, rvq, fdb, draft, tree, step)
 FAMILIES = {family.NAME: family for family in _FAMILIES}
 CELL = ("family", "kind", "form", "dtype", "rows", "columns", "provider")
 RESULT = ("median_ms", "quarter_ms", "three_quarters_ms", "rounds", "extra_mib", "note")

@@ -17,14 +17,29 @@ struct TreeLinks {
   uint64_t* ancestors;
 
   // Nodes come after their parents, not too deep and not too many of one; the first that does not is named,
-  // and the rest left out. Children are counted where their next siblings will be.
+  // and neither it nor what comes behind it is linked.
   SH_INLINE void build(int64_t tree) const {
     const int64_t first = tree * nodes;
-    bad[tree] = -1;
     for (int64_t i = 0; i < nodes; ++i) {
       first_child[first + i] = next_sibling[first + i] = depth[first + i] = -1;
       for (int64_t w = 0; w < words; ++w) ancestors[(first + i) * words + w] = 0;
     }
+    const int64_t right = follow(first);
+    bad[tree] = right < nodes ? int32_t(right) : -1;
+    // From the last node back, each becomes its parent's first child.
+    for (int64_t i = 0; i < right; ++i) next_sibling[first + i] = -1;
+    for (int64_t i = right - 1; i > 0; --i) {
+      const int32_t parent = parents[first + i];
+      if (parent < 0) continue;
+      next_sibling[first + i] = first_child[first + parent];
+      first_child[first + parent] = int32_t(i);
+    }
+  }
+
+ private:
+  // Depths and ancestors of nodes up to the first that is wrong, which is returned. Children are counted where
+  // their next siblings will be.
+  SH_INLINE int64_t follow(int64_t first) const {
     bool padded = false;
     for (int64_t i = 0; i < nodes; ++i) {
       const int32_t parent = parents[first + i];
@@ -36,24 +51,14 @@ struct TreeLinks {
       if (is_right && i > 0)
         is_right =
             depth[first + parent] < kMostAccepted && ++next_sibling[first + parent] < kMostChildren;
-      if (!is_right) {
-        bad[tree] = int32_t(i);
-        return;
-      }
+      if (!is_right) return i;
       uint64_t* const mine = ancestors + (first + i) * words;
       if (i > 0)
         for (int64_t w = 0; w < words; ++w) mine[w] = ancestors[(first + parent) * words + w];
       mine[i / 64] |= uint64_t(1) << i % 64;
       depth[first + i] = i == 0 ? 0 : depth[first + parent] + 1;
     }
-    // From the last node back, each becomes its parent's first child.
-    for (int64_t i = 0; i < nodes; ++i) next_sibling[first + i] = -1;
-    for (int64_t i = nodes - 1; i > 0; --i) {
-      const int32_t parent = parents[first + i];
-      if (parent < 0) continue;
-      next_sibling[first + i] = first_child[first + parent];
-      first_child[first + parent] = int32_t(i);
-    }
+    return nodes;
   }
 };
 
