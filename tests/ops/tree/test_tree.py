@@ -1,5 +1,7 @@
 """Links, masks and places of draft trees, against their definitions."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -64,7 +66,8 @@ def test_parents_that_are_no_tree(parents, words, way):
     right = [-1] + [-2] * (len(parents) - 1)
     with pytest.raises(ValueError, match=words) as caught:
         ops.tree_build(torch.tensor([right, parents], dtype=torch.int32))
-    assert "tree 1" in str(caught.value) and "\n" not in str(caught.value)
+    assert "tree 1" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_largest_trees(way):
@@ -93,7 +96,7 @@ def test_paths_lead_to_all_leaves(device):
         assert [path[-1] for path in found if path] == leaves
         for path in filter(None, found):
             assert path[0] == 0
-            assert all(of_row[b] == a for a, b in zip(path, path[1:], strict=False))
+            assert all(of_row[b] == a for a, b in itertools.pairwise(path))
 
 
 @pytest.mark.parametrize("kv_len", [0, 5, 64])
@@ -101,7 +104,8 @@ def test_paths_lead_to_all_leaves(device):
 def test_masks(size, kv_len, device):
     links = ops.tree_build(random_parents(3, size))
     mask = ops.tree_mask(links, kv_len)
-    assert mask.shape == (3, size, kv_len + size) and mask.dtype == torch.bool
+    assert mask.shape == (3, size, kv_len + size)
+    assert mask.dtype == torch.bool
     for row, of_row in enumerate(links.parents.tolist()):
         for node, parent in enumerate(of_row):
             seen = {kv_len + node} | (set(range(kv_len)) if parent != -2 else set())
@@ -110,7 +114,8 @@ def test_masks(size, kv_len, device):
                 parent = of_row[parent]
             assert set(mask[row, node].nonzero()[:, 0].tolist()) == seen
     added = ops.tree_mask(links, kv_len, "additive", torch.bfloat16)
-    assert added.dtype == torch.bfloat16 and torch.equal(added == 0, mask)
+    assert added.dtype == torch.bfloat16
+    assert torch.equal(added == 0, mask)
     assert (added[~mask] == -torch.inf).all()
     bits = ops.tree_mask(links, kv_len, "bits")
     columns = torch.arange(kv_len + size)
