@@ -141,7 +141,9 @@ def test_every_branch(name, mode, logits, way, laws):
         for (node, stream), coin in given.items():
             coins[row, node, stream] = float(coin)
     p, q = (
-        torch.tensor([[[float(x) for x in row] for row in each] for each in rows]).double()
+        torch.tensor(
+            [[[float(x) for x in row] for row in each] for each in rows], dtype=torch.float64
+        )
         for rows in ([tree.p for tree, *_ in cases], [tree.q for tree, *_ in cases])
     )
     if logits:
