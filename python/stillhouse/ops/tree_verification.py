@@ -67,9 +67,10 @@ def tree_verify(
         links: of the trees, from `tree_build`.
         target: [B, T, V], float32, bfloat16, float16 or float64: the target's logits behind each
             node, top-k and top-p already applied as -inf.
-        draft: [B, T, V], any of these dtypes: logits of the proposal that a node's children were drawn from: the very
-            ones, after the drafter's own temperature times `temperature`. None: all tokens are
-            deterministic. Read by "multi_round" and "traversal" alone.
+        draft: [B, T, V], of any of these dtypes: logits of the proposals that a node's children
+            were drawn from. `temperature` divides them, too: the softmax of that must be the very
+            law that was drawn from. None: all tokens are deterministic. Read by "multi_round" and
+            "traversal" alone.
         mode: "greedy": the target's argmax. "target": a token is sampled from the target, and
             accepted while the tree has it. "multi_round": children are accepted or rejected in
             order, top-down (SpecInfer, arXiv 2305.09781; without replacement as in Sequoia,

@@ -134,8 +134,10 @@ def test_every_branch(name, mode, logits, way, laws):
     for tokens in drafts(parents, kinds, 12):
         tree = Branches(model, tokens, parents, kinds)
         cases += [(tree, *each) for each in getattr(tree, mode)(0)]
+    assert len(cases) > 90
+    if way == "simt":  # which is slow
+        cases = cases[:: len(cases) // 40]
     n, size = len(cases), len(parents)
-    assert n > 100
     coins = torch.full((n, size, 2), 0.5, dtype=torch.float64, device="cpu")
     for row, (_, given, _, _) in enumerate(cases):
         for (node, stream), coin in given.items():

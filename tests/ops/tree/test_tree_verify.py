@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from stillhouse import ops
 from stillhouse.ops import divergence_autograd
