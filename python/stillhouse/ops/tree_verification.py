@@ -67,7 +67,7 @@ def tree_verify(
         links: of the trees, from `tree_build`.
         target: [B, T, V], float32, bfloat16, float16 or float64: the target's logits behind each
             node, top-k and top-p already applied as -inf.
-        draft: [B, T, V], logits of the proposal that a node's children were drawn from: the very
+        draft: [B, T, V], any of these dtypes: logits of the proposal that a node's children were drawn from: the very
             ones, after the drafter's own temperature times `temperature`. None: all tokens are
             deterministic. Read by "multi_round" and "traversal" alone.
         mode: "greedy": the target's argmax. "target": a token is sampled from the target, and
@@ -121,9 +121,6 @@ def tree_verify(
     if not (proposed and draft is not None):
         _check_deterministic(kind if proposed else None, links, check)
         draft = kind = None
-    elif draft.dtype != target.dtype:
-        both = torch.promote_types(draft.dtype, target.dtype)
-        draft, target = draft.to(both), target.to(both)
     temperature = _temperature(temperature, mode, is_prob, check, target)
     if seed is None:
         if mode != "greedy" and coins is None:

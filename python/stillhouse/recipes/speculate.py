@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillhouse.errors import UsageError
-from stillhouse.recipes.speculate_job import PLAIN, Job, named
+from stillhouse.recipes.speculate_job import ALONE, PLAIN, Job, named
 from stillhouse.report import Report
 
 DRAFTERS = ("aded", "ngram", "fspad")
@@ -114,7 +114,7 @@ def _fill(report: Report, job: Job) -> None:
     report.value("repeats", job.arguments.repeats)
     report.value("configuration", asdict(job.arguments))
     report.value("continued", job.continuations())
-    drafted = list(job.drafters)
+    drafted = [name for name in job.drafters if name != ALONE]
     histograms = {
         f"{name}, {kind}": job.last(name, kind).histogram
         for name in drafted

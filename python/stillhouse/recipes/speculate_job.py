@@ -18,6 +18,8 @@ from stillhouse import data
 from stillhouse.errors import UsageError
 from stillhouse.methods.speculative import (
     Drafter,
+    DraftState,
+    DraftTree,
     GenerationStats,
     LanguageModelDrafter,
     MCTSDrafter,
@@ -32,7 +34,9 @@ from stillhouse.train import models
 from stillhouse.train.forward import evaluating
 
 PLAIN = "none: generate()"
+ALONE = "none: ours"  # the loop of trees with roots alone: what it gains without any draft
 DEPTH = 8  # of the drafts of a tri-gram table
+WINDOW = 16  # tokens in which a table sees the text that it follows
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Job:
             kind: [self._ids(text)[: arguments.prompt_tokens] for text in each]
             for kind, each in self.texts.items()
         }
-        self.drafters: dict[str, Callable[[Tensor], Drafter]] = {}
+        self.drafters: dict[str, Callable[[Tensor], Drafter]] = {ALONE: lambda _: _NoDraft()}
         if arguments.draft is not None:
             self._add_model(resolve(arguments.draft))
         for name in named(arguments):
@@ -109,7 +113,7 @@ class Job:
         """One round to warm up, then as many as are asked for, in turns."""
         arguments = self.arguments
         print(
-            f"target: {arguments.target}, drafters: {', '.join(self.drafters)}, "
+            f"target: {arguments.target}, drafters: {', '.join(list(self.drafters)[1:])}, "
             f"{arguments.max_new_tokens} tokens behind {sum(map(len, self.prompts.values()))} "
             f"prompts, {arguments.repeats} rounds and one to warm up",
             flush=True,
@@ -228,7 +232,8 @@ class Job:
 
         def fresh(prompt: Tensor) -> Drafter:
             table = TrigramTable.load(path)
-            table.update(prompt)
+            for end in range(3, len(prompt) + 1):  # as if the prompt had been written, too
+                table.update(prompt[max(0, end - WINDOW) : end])
             return MCTSDrafter(table, depth=DEPTH)
 
         self.drafters["aded"] = fresh
@@ -246,6 +251,16 @@ class Job:
         if not ids:
             raise UsageError("a text of --prompts or --corpus has no tokens")
         return torch.tensor(ids)
+
+
+class _NoDraft:
+    """Plain decoding as a drafter."""
+
+    def draft(self, state: DraftState) -> DraftTree:
+        return DraftTree.chain([int(state.ids[-1])])
+
+    def accept(self, ids: Tensor) -> None:
+        pass
 
 
 def named(arguments: Any) -> list[str]:

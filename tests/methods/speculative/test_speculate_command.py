@@ -9,7 +9,7 @@ from stillhouse.errors import UsageError
 from stillhouse.recipes import speculate_job
 from stillhouse.recipes.speculate import SpeculateArguments, speculate
 
-PLAIN = "none: generate()"
+PLAIN, ALONE = "none: generate()", "none: ours"
 KINDS = ["repetitive", "code", "prose"]
 
 
@@ -47,7 +47,7 @@ def run(place, tmp_path):
 def test_it_leaves_a_table_and_plots(run, place, tmp_path, capsys):
     report = run(draft=str(place / "draft"), drafter="aded,ngram", prompts=str(place / "text"))
     rows = report.tables["speed"]
-    names = [PLAIN, f"model {place.name}", "aded", "ngram"]
+    names = [PLAIN, ALONE, f"model {place.name}", "aded", "ngram"]
     kinds = [*KINDS, "given"]
     assert [(row["text"], row["drafter"]) for row in rows] == [
         (kind, name) for kind in kinds for name in names
@@ -58,6 +58,7 @@ def test_it_leaves_a_table_and_plots(run, place, tmp_path, capsys):
             row["tokens/s"] / report.values["tokens_per_second"][row["text"]][PLAIN]
         )
         assert row["same text"] == ("–" if row["drafter"] == PLAIN else "yes")
+        assert (row["tokens a forward"] == 1.0) >= (row["drafter"] in (PLAIN, ALONE))
     saved = json.loads((tmp_path / "run" / "report.json").read_text())
     assert saved["configuration"]["max_new_tokens"] == 10
     assert [len(each) for each in saved["continued"].values()] == [2, 2, 2, 3]

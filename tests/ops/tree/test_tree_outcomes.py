@@ -1,5 +1,6 @@
-"""Every branch of every rule, at coins on either side of each threshold: thresholds in fractions."""
+"""Every branch of every rule, at coins on either side of each threshold, in fractions."""
 
+import random
 from fractions import Fraction
 
 import pytest
@@ -8,24 +9,29 @@ import torch
 from stillhouse import ops
 
 NEAR = Fraction(1, 10**5)
-# Tokens, parents and kinds of trees over three tokens.
+SEVEN, CHAIN = [-1, 0, 0, 1, 1, 2, 2], [-1, 0, 1, 2]
+# Parents and kinds.
 TREES = {
-    "iid": ([0, 1, 1, 0, 2, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [1] * 7),
-    "without replacement": ([0, 2, 0, 1, 0, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [0] * 7),
-    "deterministic": ([0, 2, 0, 1, 0, 2, 1], [-1, 0, 0, 1, 1, 2, 2], [2] * 7),
-    "sampled, deterministic": (
-        [0, 1, 0, 2, 1, 0, 2],
-        [-1, 0, 0, 1, 1, 2, 2],
-        [2, 3, 2, 3, 2, 3, 2],
-    ),
-    "deterministic, sampled": (
-        [0, 1, 2, 0, 2, 2, 1],
-        [-1, 0, 0, 1, 1, 2, 2],
-        [2, 2, 3, 2, 3, 2, 0],
-    ),
-    "chain": ([0, 1, 2, 0], [-1, 0, 1, 2], [1] * 4),
-    "three children": ([0, 2, 1, 0, 0], [-1, 0, 0, 0, 2], [2, 0, 0, 0, 1]),
+    "iid": (SEVEN, [1] * 7),
+    "without replacement": (SEVEN, [0] * 7),
+    "deterministic": (SEVEN, [2] * 7),
+    "sampled, deterministic": (SEVEN, [2, 3, 2, 3, 2, 3, 2]),
+    "deterministic, sampled": (SEVEN, [2, 2, 3, 2, 3, 2, 0]),
+    "chain": (CHAIN, [1] * 4),
+    "three children": ([-1, 0, 0, 0, 2], [2, 0, 0, 0, 1]),
 }
+
+
+def drafts(parents, kinds, count, seed=0):
+    """Tokens that can have been drafted: siblings differ, but for independent ones."""
+    generator = random.Random(seed)
+    found = []
+    while len(found) < count:
+        tokens = [generator.randrange(3) for _ in parents]
+        places = list(zip(parents, tokens, strict=True))[1:]
+        if kinds[1] == 1 or len(set(places)) == len(places):
+            found.append(tokens)
+    return found
 
 
 class Branches:
@@ -123,39 +129,41 @@ class Branches:
 @pytest.mark.parametrize("mode", ["target", "multi_round", "traversal"])
 @pytest.mark.parametrize("name", TREES)
 def test_every_branch(name, mode, logits, way, laws):
-    tokens, parents, kinds = TREES[name]
-    tree = Branches(laws("sheet", "iid"), tokens, parents, kinds)
-    cases = list(getattr(tree, mode)(0))
-    n, size = len(cases), len(tokens)
-    coins = torch.full((n, size, 2), 0.5, dtype=torch.float64)
-    for row, (given, _, _) in enumerate(cases):
+    parents, kinds = TREES[name]
+    model, cases = laws("sheet", "iid"), []
+    for tokens in drafts(parents, kinds, 12):
+        tree = Branches(model, tokens, parents, kinds)
+        cases += [(tree, *each) for each in getattr(tree, mode)(0)]
+    n, size = len(cases), len(parents)
+    assert n > 100
+    coins = torch.full((n, size, 2), 0.5, dtype=torch.float64, device="cpu")
+    for row, (_, given, _, _) in enumerate(cases):
         for (node, stream), coin in given.items():
             coins[row, node, stream] = float(coin)
     p, q = (
-        torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
-        for rows in (tree.p, tree.q)
+        torch.tensor(
+            [[[float(x) for x in row] for row in each] for each in rows], dtype=torch.float64
+        )
+        for rows in ([tree.p for tree, *_ in cases], [tree.q for tree, *_ in cases])
     )
     if logits:
         p, q = p.log() - 3, q.log() + 2
-
-    def batch(x, dtype):
-        return torch.tensor(x, dtype=dtype).expand(n, size).contiguous()
-
+    else:
+        p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     out = ops.tree_verify(
-        batch(tokens, torch.int32),
-        ops.tree_build(batch(parents, torch.int32)),
-        p.expand(n, -1, -1),
-        q.expand(n, -1, -1),
+        torch.tensor([tree.tokens for tree, *_ in cases], dtype=torch.int32),
+        ops.tree_build(torch.tensor([parents] * n, dtype=torch.int32)),
+        p,
+        q,
         mode=mode,
-        kind=batch(kinds, torch.uint8),
-        coins=coins,
+        kind=torch.tensor([kinds] * n, dtype=torch.uint8),
+        coins=coins.to(p.device),
         is_prob=not logits,
     )
-    for row, (_, path, final) in enumerate(cases):
-        end = len(path)
-        assert out.n_accepted[row] == end
-        assert out.path[row].tolist() == [0, *path] + [-1] * (out.path.shape[1] - 1 - end)
-        written = [*(tokens[node] for node in path), final]
-        assert out.out_tokens[row, : end + 1].tolist() == written
-        assert (out.out_tokens[row, end + 1 :] == -1).all()
-    assert n > 20
+    accepted, paths, written = (x.tolist() for x in out[:3])
+    for row, (tree, _, path, final) in enumerate(cases):
+        end, width = len(path), out.path.shape[1]
+        tokens = [*(tree.tokens[node] for node in path), final]
+        assert accepted[row] == end
+        assert paths[row] == [0, *path] + [-1] * (width - 1 - end)
+        assert written[row] == tokens + [-1] * (width - len(tokens))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from stillhouse.methods.speculative.budget import Budget, Costs, FixedBudget, depths_of
 from stillhouse.methods.speculative.cached_model import CachedModel, check_model
+from stillhouse.methods.speculative.few_rows import few_rows
 from stillhouse.methods.speculative.statistics import GenerationStats
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
 from stillhouse.ops import TreeLinks, tree_build, tree_mask, tree_positions, tree_verify
@@ -102,7 +103,7 @@ def generate(
             zip(rows, drafters, _seeds(seed, len(rows)), strict=True)
         )
     ]
-    with torch.inference_mode(), evaluating(target):
+    with torch.inference_mode(), evaluating(target), few_rows(target):
         job.run(sequences)
     responses = [torch.from_numpy(each.response()) for each in sequences]
     stats = job.stats

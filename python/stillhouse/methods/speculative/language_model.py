@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.methods.speculative.cached_model import CachedModel, check_model
+from stillhouse.methods.speculative.few_rows import few_rows
 from stillhouse.methods.speculative.tree import (
     BEHIND_DETERMINISTIC,
     DETERMINISTIC,
@@ -83,7 +84,7 @@ class LanguageModelDrafter:
         branching = self._within(state.room, state.depth)
         if not branching:
             return DraftTree.chain([int(state.ids[-1])])
-        with torch.inference_mode(), evaluating(self.model):
+        with torch.inference_mode(), evaluating(self.model), few_rows(self.model):
             return self._draft(state, branching)
 
     def accept(self, ids: Tensor) -> None:
