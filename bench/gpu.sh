@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 SCRATCH=${SCRATCH:-build/gpu}
 STEPS=${STEPS:-test sanitize measure}
-FAMILIES=(divergence kinds sparse linear transport rvq fdb)
+FAMILIES=(divergence kinds sparse linear transport rvq fdb tree)
 SHAPES=(--shape 512x49152 --shape 256x151936 --shape 512x32000 --shape 65536x256 --shape 8192x4096)
 
 if [ "${1:-}" = --needs ]; then

@@ -235,7 +235,36 @@ def fdb(rows: list[dict]) -> list[str]:
     return markdown(["", "x", "rows of x", "ms", "against", "of the floor"], body)
 
 
+def tree(rows: list[dict]) -> list[str]:
+    """Verification of draft trees beside a softmax of all rows, a loop, and a read of few."""
+    body = []
+    for (form, columns, kind, count), cell in by_cell(
+        rows, "form", "columns", "kind", "rows"
+    ).items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        rivals = [name for name in ms if name not in (OURS, FLOOR)]
+        versus = [f"{name} {times(ms[name] / ms[OURS])}" for name in rivals]
+        over, shape = f"{ms[OURS] / ms[FLOOR]:.2f}x", f"{count} x {columns}"
+        body.append([form, kind, shape, f"{ms[OURS]:.3g}", ", ".join(versus), over])
+    return markdown(["", "mode", "rows x V", "ms", "against", "of a read of visited rows"], body)
+
+
+def draft(rows: list[dict]) -> list[str]:
+    """Drafters without a model: one draft, and what its tree alone takes."""
+    body = []
+    for (kind, nodes), cell in by_cell(rows, "kind", "columns").items():
+        ms = medians(cell)
+        if not {OURS, FLOOR} <= ms.keys():
+            continue
+        body.append([kind, str(nodes), *(f"{1000 * ms[name]:.0f}" for name in (OURS, FLOOR))])
+    return markdown(["", "nodes", "us a draft", "of which its tree"], body)
+
+
 FAMILIES = {
+    "draft": draft,
+    "tree": tree,
     "fdb": fdb,
     "rvq": rvq,
     "transport": transport,
