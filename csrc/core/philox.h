@@ -22,7 +22,7 @@ SH_INLINE Words4 philox(uint64_t seed, uint64_t position, uint32_t node, uint32_
   return c;
 }
 
-// In (0, 1), of 53 bits: neither 0 nor 1.
+// In (0, 1), of 53 bits; never 0, and 1 once in 2^53, by rounding.
 SH_INLINE double uniform(Words4 words) {
   const uint64_t bits = uint64_t(words.word[0]) << 21 | words.word[1] >> 11;
   return (double(bits) + 0.5) * 0x1p-53;

@@ -111,7 +111,7 @@ def sample_categorical(
         if position is None:
             position = torch.arange(rows.numel(), device=logits.device).view(rows)
         u = philox_uniform(seed, position, 0, FINAL).to(logits.device)
-        if torch.broadcast_shapes(u.shape, rows) != rows:
+        if not _broadcasts_to(u.shape, rows):
             raise ValueError(
                 f"seed and position must broadcast to the rows {tuple(rows)}, got {tuple(u.shape)}"
             )
@@ -125,3 +125,8 @@ def sample_categorical(
     last = logits.shape[-1] - 1 - (logits > -torch.inf).flip(-1).int().argmax(-1, keepdim=True)
     token = torch.minimum((cumulated <= u).sum(-1, keepdim=True), last)[..., 0]
     return torch.where(fit, token, -1)
+
+
+def _broadcasts_to(shape: torch.Size, rows: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(rows), strict=False)
+    return len(shape) <= len(rows) and all(a in (1, b) for a, b in pairs)
