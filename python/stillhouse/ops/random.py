@@ -111,22 +111,19 @@ def sample_categorical(
         if position is None:
             position = torch.arange(rows.numel(), device=logits.device).view(rows)
         u = philox_uniform(seed, position, 0, FINAL).to(logits.device)
-        if not _broadcasts_to(u.shape, rows):
+        try:
+            u = u.expand(rows)
+        except RuntimeError:
             raise ValueError(
                 f"seed and position must broadcast to the rows {tuple(rows)}, got {tuple(u.shape)}"
-            )
+            ) from None
     top = logits.amax(-1, keepdim=True)
     fit = top.isfinite()[..., 0]  # amax hands NaN on
     if logits.is_cpu and not torch.compiler.is_compiling() and not fit.all():
         raise ValueError("logits have a row with NaN, +inf or nothing above -inf")
     cumulated = (logits.double() - top.double()).exp().cumsum(-1)
     # Rounding may put u at the very end: then it is the last token with any mass.
-    u = torch.minimum(u.expand(rows)[..., None] * cumulated[..., -1:], cumulated[..., -1:])
+    u = torch.minimum(u[..., None] * cumulated[..., -1:], cumulated[..., -1:])
     last = logits.shape[-1] - 1 - (logits > -torch.inf).flip(-1).int().argmax(-1, keepdim=True)
     token = torch.minimum((cumulated <= u).sum(-1, keepdim=True), last)[..., 0]
     return torch.where(fit, token, -1)
-
-
-def _broadcasts_to(shape: torch.Size, rows: torch.Size) -> bool:
-    pairs = zip(reversed(shape), reversed(rows), strict=False)
-    return len(shape) <= len(rows) and all(a in (1, b) for a, b in pairs)

@@ -136,7 +136,7 @@ def expected_tokens(
     for row, tree in enumerate(trees):
         walk = _EveryWay(tree, p[row], None if q is None else q[row])
         try:
-            found.append(getattr(walk, "of_" + mode)(0))
+            found.append(getattr(walk, f"by_{mode}")(0))
         except BrokenRow as broken:
             reason = next(words for bit, words in BROKEN.items() if broken.args[0] & bit)
             raise ValueError(f"tree {row} cannot be verified: {reason}") from None
@@ -149,24 +149,24 @@ class _EveryWay(Walk):
     def __init__(self, tree, p: Tensor, q: Tensor | None):
         super().__init__(tree, p, q, None, None, True, 0.0, 0.0)
 
-    def of_target(self, node: int) -> float:
+    def by_target(self, node: int) -> float:
         p, emitted, seen = self._p(node), 1.0, set()
         for child, token in self.children(node):
             if token not in seen:  # of equal siblings the first is taken
                 seen.add(token)
-                emitted += p[token] * self.of_target(child)
+                emitted += p[token] * self.by_target(child)
         return emitted
 
-    def of_multi_round(self, node: int) -> float:
+    def by_multi_round(self, node: int) -> float:
         left, emitted, share = self._residual(node), 1.0, 1.0
         for child, token in self.children(node):
             accept = _ratio(left.p[token], left.proposal(token, self.kinds[child]))
-            emitted += share * accept * self.of_multi_round(child) if share * accept else 0.0
+            emitted += share * accept * self.by_multi_round(child) if share * accept else 0.0
             share *= 1 - accept
             left.reject(token, self.kinds[child])
         return emitted
 
-    def of_traversal(self, node: int) -> float:
+    def by_traversal(self, node: int) -> float:
         return self._from(node, 1.0)[1]
 
     def _from(self, node: int, accept: float) -> tuple[float, float]:
