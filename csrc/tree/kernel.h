@@ -80,7 +80,7 @@ struct TreeKernels {
   void (*sums)(const Residual& residual, int64_t lo, int64_t hi, double* sums);
   void (*values)(const Residual& residual, int64_t span, double* values);
   void (*entropies)(const Residual& residual, int64_t lo, int64_t hi, double* sums);  // nats
-  // The largest of each span and where it first is; -1 where it has NaN or +inf.
+  // The largest of each span and, where it is above those before it, its first place; -1: NaN or +inf.
   void (*largest)(const TreeRow& row, int64_t columns, int64_t lo, int64_t hi, double* best,
                   int64_t* index);
 };

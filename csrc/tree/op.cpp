@@ -1,4 +1,5 @@
 // Draft trees on the CPU: threads, memory, and the ops' registration.
+#include <atomic>
 #include <cmath>
 
 #include "../core/isa.h"
@@ -192,15 +193,18 @@ struct Cpu {
   static void build(const TreeLinks& links, const Tensor&) {
     for (int64_t tree = 0; tree < links.trees; ++tree) links.build(tree);
   }
-  // Trees side by side, where there are as many as threads.
+  // Trees side by side, where there are as many as threads: walks differ in length, so a thread that is done
+  // takes the next.
   static void verify(const TreeProblem& t, const int32_t*, const Tensor&) {
-    if (t.trees < int64_t(torch::stable::get_num_threads())) {
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    if (t.trees < threads) {
       for (int64_t tree = 0; tree < t.trees; ++tree) verify_one(t, tree, true);
-    } else {
-      torch::stable::parallel_for(0, t.trees, 1, [&](int64_t lo, int64_t hi) {
-        for (int64_t tree = lo; tree < hi; ++tree) verify_one(t, tree, false);
-      });
+      return;
     }
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t tree; (tree = next.fetch_add(1)) < t.trees;) verify_one(t, tree, false);
+    });
   }
 };
 

@@ -31,6 +31,10 @@ TESTS = {
             "tests/ops/test_rvq_projected.py",
         ],
     ),
+    "tree": (
+        "simt and (random_trees and logits or threads or greedy or typical or status)",
+        ["tests/ops/tree/test_tree_kernel.py", "tests/ops/tree/test_tree_verify.py"],
+    ),
 }
 BARRIER = re.compile(r"__syncthreads\(\)|__syncwarp\(")
 MASKED = re.compile(r"__(shfl\w*|ballot|any|all|match_any)_sync\(")
