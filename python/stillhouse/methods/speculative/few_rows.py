@@ -18,10 +18,9 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     """Within it the model's float32 linear layers on a CPU compute (W x^T)^T for up to 16 rows.
 
     torch hands x W^T to MKL, which takes twice as long for a single row, and 1.5 to 5 times as long
-    for two to eight, as it does for W x^T (two cores of a Zen 5, weights from memory): whatever
-    reads the weights once should cost about the same. Products differ in the last bit. Layers of
-    another class, with a forward of their own or of other dtypes are left alone; afterwards all are
-    as they were.
+    for two to eight, as it does for W x^T (two cores of an AMD EPYC, weights from memory), although
+    the weights are read once either way. Products differ in the last bit. Layers of another class,
+    with a forward of their own or of other dtypes are left alone; afterwards all are as they were.
     """
     changed = [
         layer
