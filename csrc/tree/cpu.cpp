@@ -14,20 +14,29 @@ namespace {
 // Spans ahead that numbers are asked for: a hardware prefetcher stops where a page of 4 KiB ends.
 constexpr int64_t kAhead = 2;
 
-// The numbers of a span, and then those that change no maximum (of logits) and no sum.
 template <class Real>
-int64_t load_span(const TreeRow& row, int64_t columns, int64_t span, Real* out) {
+struct Span {
+  const Real* x;
+  int64_t n;
+};
+
+// The numbers of a span, and then those that change no maximum (of logits) and no sum: where they lie, if
+// nothing has to be done to them, else in `memory`.
+template <class Real>
+Span<Real> span_of(const TreeRow& row, int64_t columns, int64_t span, Real (&memory)[kSpan]) {
   const int64_t first = span * kSpan, left = columns - first, n = left < kSpan ? left : kSpan;
   if (left > (kAhead + 1) * kSpan) {
     const int64_t size = element_size(row.dtype);
     const char* const next = row.data + (first + kAhead * kSpan) * size;
     for (int64_t at = 0; at < kSpan * size; at += 64) __builtin_prefetch(next + at, 0, 2);
   }
+  if (n == kSpan && row.dtype == DtypeOf<Real>::value)
+    return {reinterpret_cast<const Real*>(row.data) + first, n};
   with_type(row.dtype, const_cast<char*>(row.data),
-            [&](auto* x) { widen_first(n, x + first, out); });
+            [&](auto* x) { widen_first(n, x + first, memory); });
   if (row.probabilities)
-    for (int64_t j = n; j < padded(n); ++j) out[j] = 0;
-  return n;
+    for (int64_t j = n; j < padded(n); ++j) memory[j] = 0;
+  return {memory, n};
 }
 
 template <class Real>
@@ -37,25 +46,28 @@ SH_INLINE Real span_sum(int64_t n, const Real* x) {
   return fold_sum(sum);
 }
 
-// P of a span in the place of its numbers.
 template <class Real>
-SH_INLINE void to_probabilities(const TreeRow& row, int64_t n, Real* x) {
+SH_INLINE void to_probabilities(const TreeRow& row, Span<Real> span, Real* p) {
   const Lane<Real> max{Real(row.max)}, factor{Real(row.factor)}, scale{Real(row.scale)};
   if (row.probabilities)
-    each_step<Real>(padded(n), [&](int64_t j, int64_t) { store(lane(x + j) * scale, x + j); });
+    each_step<Real>(padded(span.n),
+                    [&](int64_t j, int64_t) { store(lane(span.x + j) * scale, p + j); });
   else
-    each_step<Real>(padded(n), [&](int64_t j, int64_t) {
-      store(fast_exp2((lane(x + j) - max) * factor) * scale, x + j);
+    each_step<Real>(padded(span.n), [&](int64_t j, int64_t) {
+      store(fast_exp2((lane(span.x + j) - max) * factor) * scale, p + j);
     });
 }
 
 template <class Real>
 void measure_span(const TreeRow& row, int64_t columns, int64_t span, double& extreme, double& sum) {
-  Real x[kSpan];
-  const int64_t n = load_span(row, columns, span, x);
+  Real memory[kSpan];
+  const Span<Real> found = span_of(row, columns, span, memory);
+  const Real* const x = found.x;
+  const int64_t n = found.n;
   if (row.probabilities) {
-    Real least = x[0];
-    for (int64_t j = 1; j < n; ++j) least = x[j] < least ? x[j] : least;
+    Real least = 0;  // of those below 0, which is what matters
+#pragma omp simd reduction(min : least)
+    for (int64_t j = 0; j < n; ++j) least = x[j] < least ? x[j] : least;
     extreme = least, sum = span_sum(n, x);
     return;
   }
@@ -76,27 +88,24 @@ void measure_span(const TreeRow& row, int64_t columns, int64_t span, double& ext
 
 // What rejections have left of P in a span.
 template <class Real>
-int64_t left_of(const Residual& r, int64_t span, Real* p) {
-  const int64_t n = load_span(r.p, r.columns, span, p), first = span * kSpan;
-  to_probabilities(r.p, n, p);
+int64_t left_of(const Residual& r, int64_t span, Real (&p)[kSpan]) {
+  const Span<Real> of_target = span_of(r.p, r.columns, span, p);
+  const int64_t n = of_target.n, first = span * kSpan;
+  to_probabilities(r.p, of_target, p);
   if (r.count == 0) return n;
   Real q[kSpan];
   if (r.q.data != nullptr) {
-    load_span(r.q, r.columns, span, q);
-    to_probabilities(r.q, n, q);
+    to_probabilities(r.q, span_of(r.q, r.columns, span, q), q);
   } else {
     for (int64_t j = 0; j < padded(n); ++j) q[j] = 0;
   }
-  each_step<Real>(padded(n), [&](int64_t j, int64_t) {
-    Lane<Real> v = lane(p + j);
-    const Lane<Real> of_draft = lane(q + j);
-    for (int64_t i = 0; i < r.count; ++i) {
-      const Rejection& by = r.rejections[i];
-      const Lane<Real> rest = v * Lane<Real>(Real(by.a)) - of_draft * Lane<Real>(Real(by.share));
-      v = larger(rest, Lane<Real>(Real(0))) * Lane<Real>(Real(by.scale));
-    }
-    store(v, p + j);
-  });
+  for (int64_t i = 0; i < r.count; ++i) {
+    const Rejection& by = r.rejections[i];
+    const Lane<Real> a{Real(by.a)}, share{Real(by.share)}, scale{Real(by.scale)}, none{Real(0)};
+    each_step<Real>(padded(n), [&](int64_t j, int64_t) {
+      store(larger(lane(p + j) * a - lane(q + j) * share, none) * scale, p + j);
+    });
+  }
   for (int64_t i = 0; i < r.patched; ++i) {
     const int64_t at = r.patches[i].token - first;
     if (at >= 0 && at < n) p[at] = Real(r.patches[i].value);
@@ -159,8 +168,10 @@ void entropies(const Residual& residual, int64_t lo, int64_t hi, double* sums) {
 template <class Real>
 void largest_of_span(const TreeRow& row, int64_t columns, int64_t span, double before, double& best,
                      int64_t& index) {
-  Real x[kSpan];
-  const int64_t n = load_span(row, columns, span, x);
+  Real memory[kSpan];
+  const Span<Real> found = span_of(row, columns, span, memory);
+  const Real* const x = found.x;
+  const int64_t n = found.n;
   const Real most = block_max<Real>(padded(n), x);
   // 0 x is 0 but for NaN and infinities, of which -inf is allowed.
   const Lane<Real> none{Real(0)};
