@@ -130,7 +130,7 @@ STILLHOUSE_LIBRARY(m) {
   // first children, next siblings, depths [B, T] (-1: none), ancestors with the node itself as bits of int64
   // [B, T, ceil(T / 64)], and the first node with a wrong parent [B], -1: none.
   m.def("tree_build(Tensor parents) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // target and draft [B, T, V]; kind uint8 [B, T]; temperature float64 [B]; seed and position int64 [B]; coins
+  // target and draft [B, T, V]; kind uint8 [B, T]; temperature float64 [B]; seed, position int64 [B]; coins
   // float64 [B, T, 2] in the place of Philox's; mode: kernel.h. Gives the number of accepted tokens, their
   // nodes [B, D + 1] from the root on, the tokens and the one after them [B, D + 1], the probability that
   // the last one was accepted with, and status bits.

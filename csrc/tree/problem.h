@@ -37,8 +37,8 @@ struct TreeLinks {
   }
 
  private:
-  // Depths and ancestors of nodes up to the first that is wrong, which is returned. Children are counted where
-  // their next siblings will be.
+  // Depths and ancestors of nodes up to the first that is wrong, which is returned. Children are counted
+  // where their next siblings will be.
   SH_INLINE int64_t follow(int64_t first) const {
     bool padded = false;
     for (int64_t i = 0; i < nodes; ++i) {

@@ -4,7 +4,7 @@
 //   double sums_at(Frame&, int32_t x): the same where only the span of a token has changed
 //   void scale(Frame&, double): sums of spans times a number
 //   int32_t pick(Frame&, double u): the first token with a cumulative sum above u of the total
-//   int32_t largest(const TreeRow&, int32_t node): the first token with the largest logit, -1: it is not finite
+//   int32_t largest(const TreeRow&, int32_t node): the first largest logit, -1: not finite
 //   double entropy(Frame&): of P, in nats
 //   void write(f): calls f, which changes what all threads of a walk share
 // Where a walk has several threads, all of them walk, and come to the same.
