@@ -250,14 +250,15 @@ def test_vanished_residual(way):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(mode, kernel_way):
-    tokens, parents, kind, target, draft = problem(3)
     S = divergence_autograd.kernels()
-    torch.library.opcheck(S.tree_build.default, (parents,))
-    links = ops.tree_build(parents)
-    place = torch.arange(3)
-    temperature = torch.ones(3, dtype=torch.float64)
-    rows = tokens, *links[:3], target, draft, kind, temperature, place, place, None
-    torch.library.opcheck(S.tree_verify.default, (*rows, MODES.index(mode), False, 0.09, 0.3))
+    for size in (12, 64, 80):
+        tokens, parents, kind, target, draft = problem(3, size)
+        torch.library.opcheck(S.tree_build.default, (parents,))
+        links, place = ops.tree_build(parents), torch.arange(3)
+        temperature = torch.ones(3, dtype=torch.float64)
+        rows = tokens, *links[:3], target, draft, kind, temperature, place, place, None
+        given = *rows, MODES.index(mode), False, 0.09, 0.3
+        torch.library.opcheck(S.tree_verify.default, given)
 
 
 def test_compiled(kernel_way):
