@@ -135,7 +135,8 @@ def test_perfect_audio_loses_nothing_but_to_the_discriminators():
     wave = features(1, 900)
     output = CodecOutput(wave, torch.zeros(1, 3, 2).long(), torch.zeros(2, dtype=DOUBLE), {})
     found = codec_losses(wave, output, discriminators=Judges())
-    assert float(found["time"]) == float(found["mel"]) == float(found["features"]) == 0
+    assert float(found["time"]) == float(found["features"]) == 0
+    assert float(found["mel"]) < 1e-12  # a transform may round by where its input lies
     torch.testing.assert_close(found["loss"], found["adversarial"])
 
 
