@@ -72,17 +72,30 @@ struct TreeProblem {
 
 SH_INLINE int64_t spans_of(int64_t columns) { return (columns + kSpan - 1) / kSpan; }
 
+// Exponentials of a node's rows as they were measured, so that rejections need not take them again: P is a
+// number times its span's. Null: they were not kept.
+struct KeptRow {
+  char* numbers;  // [spans, kSpan] of the type that residuals are computed in
+  double* spans;
+};
+struct Kept {
+  KeptRow p, q;
+};
+
 // Steps of the CPU's kernels on one instruction set, over spans lo ... hi of a row.
 struct TreeKernels {
-  // The largest logit and the sum of 2^((x - largest) factor); of probabilities the least and the sum.
+  // The largest logit and the sum of 2^((x - largest) factor), each of which is kept, too, unless `kept` is
+  // null; of probabilities the least and the sum. `next`: a row of the same type that is likely to be read
+  // after this one, or null.
   void (*measure)(const TreeRow& row, int64_t columns, int64_t lo, int64_t hi, double* extremes,
-                  double* sums);
-  void (*sums)(const Residual& residual, int64_t lo, int64_t hi, double* sums);
-  void (*values)(const Residual& residual, int64_t span, double* values);
-  void (*entropies)(const Residual& residual, int64_t lo, int64_t hi, double* sums);  // nats
+                  double* sums, char* kept, const char* next);
+  void (*sums)(const Residual& residual, const Kept& kept, int64_t lo, int64_t hi, double* sums);
+  void (*values)(const Residual& residual, const Kept& kept, int64_t span, double* values);
+  void (*entropies)(const Residual& residual, const Kept& kept, int64_t lo, int64_t hi,
+                    double* sums);  // nats
   // The largest of each span and, where it is above those before it, its first place; -1: NaN or +inf.
   void (*largest)(const TreeRow& row, int64_t columns, int64_t lo, int64_t hi, double* best,
-                  int64_t* index);
+                  int64_t* index, const char* next);
 };
 
 }  // namespace stillhouse

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.testing import assert_close
 
 from stillhouse import ops
 from stillhouse.ops import divergence_autograd
@@ -77,14 +78,49 @@ def test_padding(mode, way):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_threads(mode, kernel_way):
-    before, given = torch.get_num_threads(), problem(3, 10, 20_000)
+    """Fewer than trees, more than trees, more than processors."""
+    if isinstance(kernel_way, str):
+        pytest.skip("threads of the CPU")
+    before, given = torch.get_num_threads(), problem(3, 10, 70_000)
     try:
-        torch.set_num_threads(1)
-        one = verify(given, mode)
-        torch.set_num_threads(4)
-        assert_same(one, verify(given, mode))
+        for round_ in range(5):
+            torch.set_num_threads(1)
+            one = verify(given, mode, seed=round_)
+            for threads in (2, 4, 7):
+                torch.set_num_threads(threads)
+                assert_same(one, verify(given, mode, seed=round_))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_dtypes(mode, way):
+    """Rows are read as they are: narrower ones give what they give when they are widened before."""
+    for narrow in (torch.bfloat16, torch.float16):
+        *shared, target, draft = problem(30)
+        for rows in ((target.to(narrow), draft), (target, draft.to(narrow))):
+            out = verify([*shared, *rows], mode)
+            assert_same(out, verify([*shared, *(each.float() for each in rows)], mode))
+
+
+def test_deep_walk_of_long_rows(kernel_way, reference):
+    """Deeper than what the CPU keeps of rows that it has read."""
+    if isinstance(kernel_way, str):
+        pytest.skip("memory of the CPU")
+    columns, depth = 2**20, 5
+    tokens, _, _, target, draft = problem(1, depth + 1, columns)
+    tokens.fill_(columns - 1)
+    draft[..., -1] = target[..., -1] + 0.2  # drafted more often than it is the target's
+    parents = torch.arange(-1, depth, dtype=torch.int32)[None]
+    given = tokens, parents, torch.zeros_like(tokens).byte(), target, draft
+    # The fifth and the fourth are rejected: the walk comes back to the third.
+    coins = torch.full((1, depth + 1, 2), 1 - 1e-9, dtype=torch.float64)
+    coins[:, 3, 0] = 0
+    out = verify(given, "traversal", coins=coins)
+    wanted = reference(lambda: verify(given, "traversal", coins=coins))
+    assert torch.equal(out.path, wanted.path)
+    assert int(out.n_accepted) == 3
+    assert_close(out.accept_prob, wanted.accept_prob, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["target", "multi_round", "traversal"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stillhouse import ops
-from stillhouse.ops.random import philox_uniform
+from stillhouse.ops.random import ACCEPT, FINAL, philox_uniform
 
 # f(p, epsilon) >= p, with equality at epsilon = 1.
 LENIENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -16,7 +16,6 @@ LENIENCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "square": lambda p, epsilon: p / epsilon**2,
     "exponential": lambda p, epsilon: p**epsilon,
 }
-COIN, FINAL = 0, 1  # streams of the keyed numbers
 
 
 def lenient_law(p: Tensor, q: Tensor, epsilon: float, kind: str = "linear") -> Tensor:
@@ -96,7 +95,7 @@ def lenient_chain(
     p_drafted, q_drafted = (x.gather(-1, drafted)[..., 0] for x in (p[:, :-1], q[:, :-1]))
     nodes = torch.arange(size, device=tokens.device)
     key = [torch.as_tensor(x, device=tokens.device).reshape(-1, 1) for x in (seed, position)]
-    coin = philox_uniform(*key, nodes[1:], COIN).expand(batch, -1)
+    coin = philox_uniform(*key, nodes[1:], ACCEPT).expand(batch, -1)
     kept = coin * q_drafted < f(p_drafted)
     accepted = kept.long().cumprod(1).sum(1)
     final = accepted[:, None]
