@@ -5,7 +5,8 @@ deviation 1. `tree`: one random binary tree of 64 nodes, `chain`: one of 8 whose
 target, all accepted; `batch`: 16 trees of 64 nodes. Trees of `greedy` and `target` have the two
 most probable tokens, those of `multi_round` and `traversal` are drawn without replacement. Each
 call has another position, hence other coins. Rows of one tree may lie in a cache; those of a batch
-are copied so often that they do not. The floor is one read, torch's maximum, of as many rows as the
+are copied so often that what is visited does not; a measurement is several calls, so that Python's
+own code does. The floor is one read, torch's maximum, of as many rows as the
 walk visits. `EAGLE loop` is what drafting code does in torch and Python, a row at a time; in
 `greedy` it takes the argmax of all rows at once, as EAGLE does.
 """
@@ -30,8 +31,8 @@ GREEDY, TARGET, MULTI_ROUND, TRAVERSAL = "greedy", "target", "multi_round", "tra
 MODES = (GREEDY, TARGET, MULTI_ROUND, TRAVERSAL)
 NODES = {TREE: 64, CHAIN: 8, BATCH: 64}
 POSITIONS = 64  # of calls, which then begin again
-COPIES = 4
-CALLS = 20  # of one tree in a measurement
+COPIES = {GREEDY: 16, TARGET: 16, MULTI_ROUND: 8, TRAVERSAL: 4}  # of a batch's rows
+CALLS = {TREE: 20, CHAIN: 20, BATCH: 8}  # in a measurement
 PAUSE_SECONDS = 0.0  # all providers run on torch's own pool
 
 
@@ -43,7 +44,7 @@ def grid() -> list[Cell]:
 
 def products(cell: Cell) -> int:
     """Calls of one measurement."""
-    return 1 if cell.form == BATCH else CALLS
+    return CALLS[cell.form]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Problem:
     targets: list[Tensor]
     drafts: list[Tensor | None]
     seed: Tensor
+    positions: list[Tensor]  # of calls
 
 
 def _parents(size: int, chain: bool, draw: random.Random) -> list[int]:
@@ -100,7 +102,7 @@ def _problem(cell: Cell) -> Problem:
             siblings.append(node)
     device = torch.get_default_device()
     links = ops.tree_build(torch.tensor(parents, dtype=torch.int32, device="cpu"))
-    copies = COPIES if cell.form == BATCH else 1
+    copies = COPIES[cell.kind] if cell.form == BATCH else 1
     return Problem(
         tokens.to(device),
         parents,
@@ -109,14 +111,15 @@ def _problem(cell: Cell) -> Problem:
         [target.to(device, copy=True) for _ in range(copies)],
         [draft.to(device, copy=True) if sampled else None for _ in range(copies)],
         torch.arange(trees, device=device),
+        [torch.full((trees,), number, device=device) for number in range(POSITIONS)],
     )
 
 
-def _turns(cell: Cell, call: Callable[[Tensor, Tensor | None, int], object]) -> Callable[[], None]:
+def _turns(cell: Cell, call: Callable[..., object]) -> Callable[[], None]:
     """Calls with the next copy of the rows, and the next position."""
     problem, times = _problem(cell), products(cell)
     rows = itertools.cycle(zip(problem.targets, problem.drafts, strict=True))
-    positions = itertools.cycle(range(POSITIONS))
+    positions = itertools.cycle(problem.positions)
 
     def run() -> None:
         for _ in range(times):
@@ -125,7 +128,7 @@ def _turns(cell: Cell, call: Callable[[Tensor, Tensor | None, int], object]) -> 
     return run
 
 
-def _verify(cell: Cell) -> Callable[[Tensor, Tensor | None, int], object]:
+def _verify(cell: Cell) -> Callable[..., object]:
     from stillhouse import ops
 
     problem = _problem(cell)
@@ -154,30 +157,67 @@ def build_softmax(cell: Cell) -> Callable[[], None]:
 # ---- the loop ----
 
 
-def _walk(cell: Cell, tree: int, target: Tensor, draft: Tensor | None) -> tuple[list[int], int]:
-    """Accepted nodes and the final token of one tree, in torch."""
-    problem = _problem(cell)
-    children, tokens = problem.children[tree], problem.tokens[tree].tolist()
-    if cell.kind == GREEDY:
-        best, node, path = target.argmax(-1).tolist(), 0, [0]
+@dataclass
+class _Walk:
+    """Of one tree, in torch."""
+
+    children: list[list[int]]
+    tokens: list[int]
+    target: Tensor
+    draft: Tensor | None
+    coin: Callable[[int], float] = lambda node: random.random()
+    rows: int = 0  # that were read
+
+    def law(self, rows: Tensor, node: int) -> Tensor:
+        self.rows += 1
+        return rows[node].softmax(-1)
+
+    def greedy(self) -> tuple[list[int], int]:
+        best, node, path = self.target.argmax(-1).tolist(), 0, [0]
         while node is not None:
-            node = next((c for c in children[node] if tokens[c] == best[path[-1]]), None)
+            here = self.children[node]
+            node = next((c for c in here if self.tokens[c] == best[path[-1]]), None)
             path += [] if node is None else [node]
         return path, best[path[-1]]
-    if cell.kind == TRAVERSAL:
-        return _visit(0, 1.0, [0], children, tokens, target, draft)
-    path = [0]
-    while True:
-        p = target[path[-1]].softmax(-1)
-        q = draft[path[-1]].softmax(-1) if draft is not None and children[path[-1]] else None
-        for child in children[path[-1]]:
-            x = tokens[child]
-            if random.random() * (1 if q is None else float(q[x])) < float(p[x]):
-                path.append(child)
-                break
-            p, q = _rejected(p, q, x)
-        else:
-            return path, int(torch.multinomial(p, 1))
+
+    def top_down(self) -> tuple[list[int], int]:
+        path = [0]
+        while True:
+            here = self.children[path[-1]]
+            p = self.law(self.target, path[-1])
+            q = self.law(self.draft, path[-1]) if self.draft is not None and here else None
+            for child in here:
+                x = self.tokens[child]
+                if self.coin(child) * (1 if q is None else float(q[x])) < float(p[x]):
+                    path.append(child)
+                    break
+                p, q = _rejected(p, q, x)
+            else:
+                return path, int(torch.multinomial(p, 1))
+
+    def bottom_up(self, node=0, accept=1.0, path=(0,)) -> tuple[list[int], int] | None:
+        p = q = None
+        if self.children[node] and accept > 0:
+            p, q = self.law(self.target, node), self.law(self.draft, node)
+        for child in self.children[node]:
+            if accept == 0:
+                return None
+            x = self.tokens[child]
+            of_child = min(1.0, accept * float(p[x]) / float(q[x]))
+            found = self.bottom_up(child, of_child, (*path, child))
+            if found is not None:
+                return found
+            rest = (accept * p - q).relu_()
+            mass = float(rest.sum())
+            p = rest / mass if mass > 1e-7 else p
+            accept = mass / (mass + 1 - accept) if mass + 1 - accept > 0 else 1.0
+            q[x] = 0
+            q = q / q.sum()
+        if node > 0 and not self.coin(node) < accept:
+            return None
+        if p is None:
+            p = self.law(self.target, node)
+        return list(path), int(torch.multinomial(p, 1))
 
 
 def _rejected(p: Tensor, q: Tensor | None, x: int) -> tuple[Tensor, Tensor | None]:
@@ -190,35 +230,18 @@ def _rejected(p: Tensor, q: Tensor | None, x: int) -> tuple[Tensor, Tensor | Non
     return p / p.sum(), q / q.sum()
 
 
-def _visit(node, accept, path, children, tokens, target, draft) -> tuple[list[int], int] | None:
-    """From the leaves up."""
-    p = q = None
-    if children[node]:
-        p, q = target[node].softmax(-1), draft[node].softmax(-1)
-    for child in children[node]:
-        x = tokens[child]
-        of_child = min(1.0, accept * float(p[x]) / float(q[x]))
-        found = _visit(child, of_child, [*path, child], children, tokens, target, draft)
-        if found is not None:
-            return found
-        rest = (accept * p - q).relu_()
-        mass = float(rest.sum())
-        p = rest / mass if mass > 1e-7 else p
-        accept = mass / (mass + 1 - accept) if mass + 1 - accept > 0 else 1.0
-        q[x] = 0
-        q = q / q.sum()
-    if node > 0 and not random.random() < accept:
-        return None
-    return path, int(torch.multinomial(target[node].softmax(-1) if p is None else p, 1))
+_STEPS = {GREEDY: _Walk.greedy, TRAVERSAL: _Walk.bottom_up}
 
 
 def build_loop(cell: Cell) -> Callable[[], None]:
     """Tree by tree, a torch call for each step."""
-    trees = range(len(_problem(cell).parents))
+    problem, step = _problem(cell), _STEPS.get(cell.kind, _Walk.top_down)
+    tokens = problem.tokens.tolist()
 
-    def call(target: Tensor, draft: Tensor | None, position: int) -> None:
-        for tree in trees:
-            _walk(cell, tree, target[tree], None if draft is None else draft[tree])
+    def call(target: Tensor, draft: Tensor | None, position: Tensor) -> None:
+        for tree, children in enumerate(problem.children):
+            of_tree = None if draft is None else draft[tree]
+            step(_Walk(children, tokens[tree], target[tree], of_tree))
 
     return _turns(cell, call)
 
@@ -226,33 +249,33 @@ def build_loop(cell: Cell) -> Callable[[], None]:
 # ---- the floor ----
 
 
-def visited(cell: Cell, tree: int, path: list[int]) -> int:
+def visited(cell: Cell, tree: int, position: int, path: list[int]) -> int:
     """Rows, of target and draft, that the walk of a tree reads when this path is accepted."""
-    children = _problem(cell).children[tree]
+    from stillhouse.ops.random import ACCEPT, philox_uniform
+
+    problem = _problem(cell)
+    children = problem.children[tree]
     if cell.kind in (GREEDY, TARGET):
         return len(path)
     if cell.kind == MULTI_ROUND:
         return len(path) + sum(bool(children[node]) for node in path)
-    # Below the last node, and below older siblings of the path, every node was rejected.
-    inner, stack = path[:-1], [path[-1]]
-    for above, node in itertools.pairwise(path):
-        stack += children[above][: children[above].index(node)]
-    while stack:
-        node = stack.pop()
-        if children[node]:
-            inner.append(node)
-            stack += children[node]
-    return 2 * len(inner) + (not children[path[-1]])
+    # Which rejected nodes it has opened depends on all of their numbers.
+    seed = int(problem.seed[tree])
+    coins = philox_uniform(seed, position, torch.arange(len(children)), ACCEPT).tolist()
+    rows = problem.targets[0][tree], problem.drafts[0][tree]
+    walk = _Walk(children, problem.tokens[tree].tolist(), *rows, coins.__getitem__)
+    walk.bottom_up()
+    return walk.rows
 
 
 def build_floor(cell: Cell) -> Callable[[], None]:
     """A read of as many rows as are visited at each position."""
     problem, verify = _problem(cell), _verify(cell)
     counts = []
-    for position in range(POSITIONS):
+    for number, position in enumerate(problem.positions):
         paths = verify(problem.targets[0], problem.drafts[0], position).path.tolist()
         walked = [[node for node in path if node >= 0] for path in paths]
-        counts.append(sum(visited(cell, tree, path) for tree, path in enumerate(walked)))
+        counts.append(sum(visited(cell, tree, number, path) for tree, path in enumerate(walked)))
     # Rows of their own, so that no walk has just read them.
     rows = [torch.randn(max(counts), cell.columns) for _ in range(len(problem.targets))]
     turn, count = itertools.cycle(rows), itertools.cycle(counts)

@@ -52,7 +52,7 @@ struct Cuda {
     const int64_t levels = t.mode == TreeMode::traversal ? t.depth + 1 : 1;
     const WalkMemory walk{memory.take<Frame>(t.trees * levels), memory.take<Rejection>(rows),
                           memory.take<int32_t>(rows), memory.take<Patch>(rows),
-                          memory.take<double>(t.trees * levels * spans)};
+                          memory.take<double>(t.trees * (levels + 1) * spans)};
     launch("walk", walk_kernel<Real>, Grid{t.trees, kWalkThreads}, t, table, walk, levels);
   }
 };

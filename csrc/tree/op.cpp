@@ -107,28 +107,28 @@ struct CpuRows {
     return combine(f.p, keep.p.spans, f.masses) | of_q;
   }
 
-  double total(const Frame& f) const {
+  double total(const double* sums) const {
     double total = 0;
-    for (int64_t s = 0; s < spans; ++s) total += f.masses[s];
+    for (int64_t s = 0; s < spans; ++s) total += sums[s];
     return total;
   }
 
   double sums(Frame& f) const {
     const Residual residual = walk->residual(f);
-    team.each(spans, [&](int64_t lo, int64_t hi) {
-      kernels.sums(residual, kept_of(f), lo, hi, f.masses);
-    });
-    return total(f);
+    team.each(spans,
+              [&](int64_t lo, int64_t hi) { kernels.sums(residual, kept_of(f), lo, hi, extra); });
+    return total(extra);
   }
 
   double sums_at(Frame& f, int32_t x) const {
     const int64_t span = x / kSpan;
-    kernels.sums(walk->residual(f), kept_of(f), span, span + 1, f.masses);
-    return total(f);
+    for (int64_t s = 0; s < spans; ++s) extra[s] = f.masses[s];
+    kernels.sums(walk->residual(f), kept_of(f), span, span + 1, extra);
+    return total(extra);
   }
 
-  void scale(Frame& f, double by) const {
-    for (int64_t s = 0; s < spans; ++s) f.masses[s] *= by;
+  void keep(Frame& f, double by) const {
+    for (int64_t s = 0; s < spans; ++s) f.masses[s] = extra[s] * by;
   }
 
   double entropy(Frame& f) const {
@@ -136,13 +136,11 @@ struct CpuRows {
     team.each(spans, [&](int64_t lo, int64_t hi) {
       kernels.entropies(residual, kept_of(f), lo, hi, extra);
     });
-    double total = 0;
-    for (int64_t s = 0; s < spans; ++s) total += extra[s];
-    return total;
+    return total(extra);
   }
 
   int32_t pick(Frame& f, double u) const {
-    const double wanted = u * total(f);
+    const double wanted = u * total(f.masses);
     double before = 0, sum = 0;
     int64_t span = -1;  // the first that passes what is wanted, else the last that has anything
     for (int64_t s = 0; s < spans && sum <= wanted; ++s) {

@@ -162,6 +162,7 @@ struct BlockRows {
   const TreeProblem& t;
   const SpanTable& table;
   const int64_t tree, spans;
+  double* const aside;  // [spans]
   const TreeWalk<BlockRows>* walk = nullptr;
 
   template <class F>
@@ -261,27 +262,26 @@ struct BlockRows {
   }
 
   __device__ double sums(Frame& f) const {
-    of_spans(walk->residual(f), 0, spans, f.masses, [](Real p) { return p; });
-    return total(f.masses);
+    of_spans(walk->residual(f), 0, spans, aside, [](Real p) { return p; });
+    return total(aside);
   }
   __device__ double sums_at(Frame& f, int32_t x) const {
     const int64_t span = x / kSpan;
-    of_spans(walk->residual(f), span, span + 1, f.masses, [](Real p) { return p; });
-    return total(f.masses);
+    copy(aside, f.masses, 1);
+    of_spans(walk->residual(f), span, span + 1, aside, [](Real p) { return p; });
+    return total(aside);
   }
-  __device__ void scale(Frame& f, double by) const {
+  __device__ void keep(Frame& f, double by) const { copy(f.masses, aside, by); }
+  __device__ void copy(double* to, const double* from, double by) const {
     __syncthreads();
-    for (int64_t s = threadIdx.x; s < spans; s += kWalkThreads) f.masses[s] *= by;
+    for (int64_t s = threadIdx.x; s < spans; s += kWalkThreads) to[s] = from[s] * by;
     __syncthreads();
   }
 
   __device__ double entropy(Frame& f) const {
-    // In the place of the masses, which are then made again.
-    of_spans(walk->residual(f), 0, spans, f.masses,
+    of_spans(walk->residual(f), 0, spans, aside,
              [](Real p) { return p > Real(1.1754944e-38) ? -p * fast_log(p) : Real(0); });
-    const double found = total(f.masses);
-    sums(f);
-    return found;
+    return total(aside);
   }
 
   __device__ int32_t pick(Frame& f, double u) const {
@@ -333,8 +333,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   }
   const WalkMemory own{memory.frames + tree * levels, memory.rejections + tree * t.nodes,
                        memory.rejected + tree * t.nodes, memory.patches + tree * t.nodes,
-                       memory.masses + tree * levels * spans};
-  BlockRows<Real> rows{t, table, tree, spans};
+                       memory.masses + tree * (levels + 1) * spans};
+  BlockRows<Real> rows{t, table, tree, spans, own.masses + levels * spans};
   TreeWalk<BlockRows<Real>> walk{t, tree, own, rows};
   rows.walk = &walk;
   walk.run();

@@ -1,8 +1,8 @@
 // The walk through one tree, for any mode. What rows must be read for is asked of a device, which has
 //   int32_t measure(Frame&, bool with_q): P of the frame's node (and Q), sums of its spans; status bits
-//   double sums(Frame&): sums of the spans after the last rejection, and their total
+//   double sums(Frame&): sums of the spans after the last rejection, put aside, and their total
 //   double sums_at(Frame&, int32_t x): the same where only the span of a token has changed
-//   void scale(Frame&, double): sums of spans times a number
+//   void keep(Frame&, double): those times a number are the frame's
 //   int32_t pick(Frame&, double u): the first token with a cumulative sum above u of the total
 //   int32_t largest(const TreeRow&, int32_t node): the first largest logit, -1: not finite
 //   double entropy(Frame&): of P, in nats
@@ -207,7 +207,7 @@ struct TreeWalk {
     const double mass = fixed ? device.sums_at(f, token(child)) : device.sums(f);
     if (mass > kLeast) {
       device.write([&] { memory.rejections[i].scale = 1 / mass; });
-      device.scale(f, 1 / mass);
+      device.keep(f, 1 / mass);
     } else {
       // P as it was; a token that was drawn stays out of Q.
       status |= kNothingLeft;
@@ -215,7 +215,6 @@ struct TreeWalk {
         memory.rejections[i] = {1, 0, 1};
         if (fixed) --f.count;
       });
-      fixed ? device.sums_at(f, token(child)) : device.sums(f);
     }
     return fixed ? a * mass : mass;
   }
@@ -319,13 +318,13 @@ struct TreeWalk {
     });
   }
 
-  // From the leaves up: a frame for each node of the path.
+  // From the leaves up: a frame for each node of the path. Below a node that cannot be accepted none can.
   SH_WALK void traversal() {
     int32_t level = 0;
     enter(0, 0, 1);
     for (;;) {
       Frame& f = memory.frames[level];
-      if (f.child >= 0) {
+      if (f.child >= 0 && f.accept > 0) {
         if (!is_token(token(f.child)) || !open(f, true)) break;
         const Odds of = odds(f, f.child);
         const double ratio = of.q > 0 ? f.accept * of.p / of.q : f.accept * of.p > 0 ? 1 : 0;

@@ -213,6 +213,8 @@ class Walk:
 
     def _visit(self, node: int, accept: float, path: list[int]) -> bool:
         """Whether a path through the node is accepted, the longest one first."""
+        if accept == 0:  # nor can anything below be accepted
+            return False
         left = self._residual(node)
         for child, token in self.children(node):
             p, q = float(left.p[token]), left.proposal(token, self.kinds[child])
@@ -221,6 +223,8 @@ class Walk:
                 return True
             accept = left.reject(token, self.kinds[child], accept)
             self.status |= VANISHED * left.vanished
+            if accept == 0:
+                return False
         if node > 0 and not self.coins[node][ACCEPT] < accept:
             return False
         self.path, self.accept_prob = path, accept if node > 0 else 1.0

@@ -284,6 +284,19 @@ def test_vanished_residual(way):
     assert out.out_tokens.tolist() == [[0, -1]]
 
 
+def test_below_the_impossible(way):
+    """Rows below a node that cannot be accepted are not read."""
+    links = ops.tree_build(torch.tensor([[-1, 0, 1, 2, 0]], dtype=torch.int32))
+    p = torch.full((1, 5, 3), torch.nan)
+    p[0, 0], p[0, 4] = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 0.0, 1.0])
+    q = p.clone()
+    q[0, 0] = torch.tensor([0.5, 0.5, 0.0])
+    tokens = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32)
+    words = dict(mode="traversal", is_prob=True, check=True)
+    out = ops.tree_verify(tokens, links, p, q, coins=torch.full((1, 5, 2), 1e-9).double(), **words)
+    assert out.out_tokens[0].tolist() == [2, -1, -1, -1, -1]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(mode, kernel_way):
     S = divergence_autograd.kernels()
