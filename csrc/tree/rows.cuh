@@ -322,9 +322,10 @@ struct BlockRows {
   }
 };
 
-// A block for each tree. `memory`: of all trees, as of one.
+// A block for each tree, with all registers that it can use: trees are fewer than blocks that a GPU holds.
+// `memory`: of all trees, as of one.
 template <class Real>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, 1)
     walk_kernel(TreeProblem t, SpanTable table, WalkMemory memory, int64_t levels) {
   const int64_t tree = blockIdx.x, spans = spans_of(t.columns), row = tree * (t.depth + 1);
   for (int64_t i = threadIdx.x; i <= t.depth; i += kWalkThreads) {

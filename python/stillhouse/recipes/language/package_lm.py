@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from stillhouse import data
-from stillhouse.progress import Progress
 from stillhouse.recipes.language.byte_pairs import byte_pairs
+from stillhouse.recipes.language.small_lm import small_llama, train_on_windows
 
 VOCABULARY = 1024
 END = 0  # of a package's line
@@ -46,39 +45,9 @@ class PackageText:
 def package_lm(text: PackageText, seed: int) -> nn.Module:
     """A Llama of 4 blocks of width 64, after 500 steps of AdamW on 12 windows of 128 tokens, each
     from the start of a line; its weights are frozen."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        bos_token_id=None,
-        eos_token_id=END,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        lm = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
     stream = torch.tensor([token for line in text.lines for token in line])
-    start = torch.tensor([0, *map(len, text.lines)]).cumsum(0)
-    start = start[start < len(stream) - LENGTH]
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    said = Progress("steps")
-    lm.train()
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / 20, 1.01 - step / STEPS)
-        first = start[torch.randint(len(start), (BATCH,), generator=generator)]
-        ids = stream[first[:, None] + torch.arange(LENGTH + 1)]
-        logits = lm(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        said("language model", step + 1, STEPS)
-    return lm.eval().requires_grad_(False)
+    starts = torch.tensor([0, *map(len, text.lines)]).cumsum(0)
+    starts = starts[starts < len(stream) - LENGTH]
+    lm = small_llama(VOCABULARY, 4, LENGTH, seed=seed, end=END)
+    options = dict(length=LENGTH, batch=BATCH, steps=STEPS, rate=RATE, seed=seed)
+    return train_on_windows(lm, stream, starts=starts, **options)

@@ -28,8 +28,8 @@ from stillhouse.methods.speculative import (
 )
 from stillhouse.methods.speculative.draft_head import HeadCache
 from stillhouse.methods.speculative.dynamic_tree_drafter import grow, trees_of
-from stillhouse.progress import Progress
 from stillhouse.recipes.language.byte_pairs import byte_pairs
+from stillhouse.recipes.language.small_lm import small_llama, train_on_windows
 from stillhouse.report import Report
 from stillhouse.train import rollout
 
@@ -192,40 +192,9 @@ def _text() -> tuple[Tensor, Tensor]:
 
 
 def _target(stream: Tensor) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FFN,
-        num_hidden_layers=4,
-        num_attention_heads=HEADS,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        lm = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    options = dict(lr=TARGET_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    optimizer = torch.optim.AdamW(lm.parameters(), **options)
-    said = Progress("steps")
-    for step in range(TARGET_STEPS):
-        rate = TARGET_RATE * min((step + 1) / 20, 1.01 - step / TARGET_STEPS)
-        optimizer.param_groups[0]["lr"] = rate
-        first = torch.randint(len(stream) - LENGTH, (TARGET_BATCH,), generator=generator)
-        ids = stream[first[:, None] + torch.arange(LENGTH + 1)]
-        logits = lm(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        said("target", step + 1, TARGET_STEPS)
-    return lm.eval().requires_grad_(False)
+    lm = small_llama(VOCABULARY, 4, 128, seed=0, width=WIDTH, ffn=FFN)
+    options = dict(batch=TARGET_BATCH, steps=TARGET_STEPS, rate=TARGET_RATE)
+    return train_on_windows(lm, stream, length=LENGTH, seed=0, **options)
 
 
 def _written(
