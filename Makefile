@@ -22,6 +22,8 @@ BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | t
 SPEECH      := $(shell sed -n 's/^speech = \[\(.*\)\]/\1/p' pyproject.toml | tr ',' ' ')
 
 PY  := $(VENV)/bin/python
+# A worker for each processor, with files whole. Their threads sleep while they wait: they are more than processors.
+TEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 # On a terminal pip shows its progress; in a log it speaks only when something is wrong.
 PIP := $(PY) -m pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 say  = @printf '\n==> %s\n' "$(1)"
@@ -52,7 +54,7 @@ distill-cached: setup  ## the same from a stored teacher: capture it, train from
 
 test: $(STAMPS)/cuda $(STAMPS)/teacher $(STAMPS)/codecs $(STAMPS)/speech $(STAMPS)/simt  ## every test; builds the CUDA library too where nvcc is found
 	$(call say,running the tests)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(TEST) $(ARGS)
 
 simt-mutants: $(STAMPS)/cpu $(STAMPS)/simt  ## delete each barrier and narrow each mask of the CUDA kernels: do the tests notice?
 	$(PY) tests/simt/mutants.py $(ARGS)
