@@ -19,8 +19,8 @@ class SpinTeam {
     if (threads < 2) return work(team);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
       if (first > 0) return team.help(first);
+      const Stop stop{team};  // also where the work throws
       work(team);
-      team.stopped_.store(true, std::memory_order_release);
     });
   }
 
@@ -52,6 +52,11 @@ class SpinTeam {
       uint64_t before = pass - 1;
       return claimed.compare_exchange_strong(before, pass, std::memory_order_acq_rel);
     }
+  };
+
+  struct Stop {
+    SpinTeam& team;
+    ~Stop() { team.stopped_.store(true, std::memory_order_release); }
   };
 
   explicit SpinTeam(int64_t threads)

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -58,8 +59,15 @@ class Writer {
   void save(const std::string& path, const char (&magic)[9], uint32_t version) const {
     Header header{{}, version, 0, content_.size(), checksum(content_.data(), content_.size())};
     std::memcpy(header.magic, magic, 8);
-    const std::string draft = path + ".tmp-" + std::to_string(::getpid());
-    const int file = ::open(draft.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    // A name of its own for each call; O_EXCL, for other machines may share the folder and the process's number.
+    static std::atomic<uint64_t> calls{0};
+    std::string draft;
+    int file = -1;
+    for (int tries = 0; tries < 100 && file < 0; ++tries) {
+      draft = path + ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(calls++);
+      file = ::open(draft.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);
+      if (file < 0 && errno != EEXIST) break;
+    }
     const bool written = file >= 0 && all(file, &header, sizeof header) &&
                          all(file, content_.data(), content_.size()) && ::fsync(file) == 0;
     const int error = errno;
@@ -90,6 +98,8 @@ class Reader {
  public:
   Reader(const std::string& path, const char (&magic)[9], uint32_t version, const char* what)
       : path_(path) {
+    struct stat about;
+    if (::stat(path.c_str(), &about) == 0 && S_ISDIR(about.st_mode)) throw FileError(EISDIR, path);
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) throw FileError(errno, path);
     const std::streamoff length = file.tellg();

@@ -1,4 +1,5 @@
-// The module `stillhouse._draft`: numpy in, numpy out, the lock of the interpreter released while it works.
+// The module `stillhouse._draft`: numpy in, numpy out. Tables and searches release the lock of the interpreter
+// while they work.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -120,7 +121,7 @@ py::tuple drafted(const TrigramTable& table, const Array<int32_t>& context, Draf
 Search make_search(const TrigramTable& table, int32_t iterations, int32_t depth, int32_t keep,
                    int32_t max_nodes, double c1, double c2) {
   require_between(1, kMostIterations, iterations, "iterations");
-  require_between(1, kMostDepth, depth, "depth");
+  require_between(1, kMostDepth - 1, depth, "depth");  // and a successor behind
   require_at_least(1, keep, "keep");
   require_at_least(1, max_nodes, "max_nodes");
   require(c1 >= 0 && std::isfinite(c1), "expected a finite c1 >= 0, got " + std::to_string(c1));
@@ -150,7 +151,7 @@ std::unique_ptr<NGramTable> make_ngrams(int32_t shortest, int32_t longest, int64
 py::tuple draft_ngrams(const NGramTable& table, const Array<int32_t>& context, int32_t length,
                        int32_t branches, int32_t max_nodes) {
   require_at_least(1, length, "length");
-  require_at_least(1, branches, "branches");
+  require_between(1, kMostSuccessors, branches, "branches");
   require_at_least(1, max_nodes, "max_nodes");
   const Tokens tokens(context);
   require(tokens.size > 0, "expected a context of at least one token, got none");

@@ -46,7 +46,8 @@ class Search {
 
   // `step` keys the rollouts beside the seed. Several threads may search at once.
   Tree draft(int32_t before_last, int32_t last, uint64_t seed, uint64_t step) const {
-    // A search makes 150 x 12 nodes in 50 us: their memory is worth keeping.
+    // A search makes 150 x 12 nodes in 50 us: their memory is worth keeping, unless there are very many.
+    constexpr size_t kKept = 1 << 16;
     thread_local Nodes nodes;
     const auto lock = table_.reading();
     nodes.size = 0;
@@ -56,7 +57,9 @@ class Search {
       iterate(nodes, seed, step, uint32_t(i));
       if (nodes.count[0] == 0) break;  // nothing is known of this bigram
     }
-    return extract(nodes, last);
+    const Tree tree = extract(nodes, last);
+    if (nodes.key.size() > kKept) nodes = Nodes();
+    return tree;
   }
 
   const TrigramTable& table() const { return table_; }

@@ -62,7 +62,11 @@ class TrigramTable {
       groups.push_back({last, {from, to}});
     }
     std::sort(groups.begin(), groups.end());
+    if (groups.size() > capacity_) groups.erase(groups.begin(), groups.end() - capacity_);
     std::unique_lock lock(mutex_);
+    // Those that are known come out of the way first, or new ones would push them out.
+    for (const auto& group : groups)
+      if (index_.find(all[group.second.first].key) != kNone) touch(all[group.second.first].key);
     for (const auto& group : groups) count_group(all, group.second.first, group.second.second);
   }
 

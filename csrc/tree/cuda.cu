@@ -44,8 +44,9 @@ struct Cuda {
     const int64_t spans = spans_of(t.columns), rows = t.trees * t.nodes;
     const bool greedy = t.mode == TreeMode::greedy;
     const int64_t items = rows * (t.draft == nullptr ? 1 : 2) * spans;
-    const SpanTable table{memory.take<double>(items), memory.take<double>(greedy ? 1 : items),
-                          memory.take<int64_t>(greedy ? items : 1)};
+    const int64_t measured = measures(t) ? items : 1, looked_at = greedy ? items : 1;
+    const SpanTable table{memory.take<double>(measured), memory.take<double>(measured),
+                          memory.take<double>(looked_at), memory.take<int64_t>(looked_at)};
     constexpr int64_t kWarps = kWalkThreads / kWarpSize;
     launch("spans", span_kernel<Real>, Grid{(items + kWarps - 1) / kWarps, kWalkThreads}, t,
            parents, table);

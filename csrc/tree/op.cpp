@@ -131,6 +131,13 @@ struct CpuRows {
     for (int64_t s = 0; s < spans; ++s) f.masses[s] = extra[s] * by;
   }
 
+  double rest(const Frame& f, int32_t patched) const {
+    const Residual q{f.q, {}, nullptr, memory.patches, 0, patched, t.columns};
+    const Kept of_q{kept_of(f).q, {}};
+    team.each(spans, [&](int64_t lo, int64_t hi) { kernels.sums(q, of_q, lo, hi, extra); });
+    return total(extra);
+  }
+
   double entropy(Frame& f) const {
     const Residual residual = walk->residual(f);
     team.each(spans, [&](int64_t lo, int64_t hi) {

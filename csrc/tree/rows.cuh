@@ -12,7 +12,8 @@ constexpr int kOfLane = int(kSpan) / kWarpSize;  // elements of a span: lane, la
 // What is measured of every span before the walks, [rows, spans]; rows: B T of target, then of draft.
 struct SpanTable {
   double *extremes, *sums;
-  int64_t* index;  // of `largest`, -1: not finite
+  double* largest;  // of greedy walks
+  int64_t* index;   // of those, -1: not finite
 };
 
 __device__ inline int span_length(int64_t columns, int64_t span) {
@@ -93,6 +94,11 @@ __device__ void largest_of_span(const TreeRow& row, int64_t columns, int64_t spa
   index = __any_sync(kFullMask, odd) ? -1 : span * kSpan - before[0];
 }
 
+// Whether extremes and sums are asked for.
+inline __host__ __device__ bool measures(const TreeProblem& t) {
+  return t.mode != TreeMode::greedy || t.probabilities;
+}
+
 // A warp for each span of each row that a walk may visit.
 template <class Real>
 __global__ void __launch_bounds__(kWalkThreads)
@@ -108,18 +114,17 @@ __global__ void __launch_bounds__(kWalkThreads)
   const TreeRow numbers = of_draft
                               ? t.row(t.draft, t.draft_dtype, node / t.nodes, node % t.nodes)
                               : t.row(t.target, t.target_dtype, node / t.nodes, node % t.nodes);
-  double extreme = 0, sum = 0;
-  int64_t index = 0;
-  if (t.mode == TreeMode::greedy)
-    largest_of_span<Real>(numbers, t.columns, span, extreme, index);
-  else
+  const bool writes = threadIdx.x % kWarpSize == 0;
+  if (t.mode == TreeMode::greedy) {
+    double largest = 0;
+    int64_t index = 0;
+    largest_of_span<Real>(numbers, t.columns, span, largest, index);
+    if (writes) table.largest[item] = largest, table.index[item] = index;
+  }
+  if (measures(t)) {
+    double extreme = 0, sum = 0;
     measure_span<Real>(numbers, t.columns, span, extreme, sum);
-  if (threadIdx.x % kWarpSize == 0) {
-    table.extremes[item] = extreme;
-    if (t.mode == TreeMode::greedy)
-      table.index[item] = index;
-    else
-      table.sums[item] = sum;
+    if (writes) table.extremes[item] = extreme, table.sums[item] = sum;
   }
 }
 
@@ -221,9 +226,8 @@ struct BlockRows {
     load_lane(r.p, r.columns, span, p);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) p[i] = probability(r.p, p[i]);
-    if (r.count == 0) return;
     Real q[kOfLane] = {};
-    if (r.q.data != nullptr) {
+    if (r.count > 0 && r.q.data != nullptr) {
       load_lane(r.q, r.columns, span, q);
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) q[i] = probability(r.q, q[i]);
@@ -272,6 +276,11 @@ struct BlockRows {
     return total(aside);
   }
   __device__ void keep(Frame& f, double by) const { copy(f.masses, aside, by); }
+  __device__ double rest(const Frame& f, int32_t patched) const {
+    const Residual q{f.q, {}, nullptr, walk->memory.patches, 0, patched, t.columns};
+    of_spans(q, 0, spans, aside, [](Real p) { return p; });
+    return total(aside);
+  }
   __device__ void copy(double* to, const double* from, double by) const {
     __syncthreads();
     for (int64_t s = threadIdx.x; s < spans; s += kWalkThreads) to[s] = from[s] * by;
@@ -308,14 +317,14 @@ struct BlockRows {
     double most[1] = {-INFINITY};
     int odd = 0;
     for (int64_t s = threadIdx.x; s < spans; s += kWalkThreads) {
-      most[0] = table.extremes[at + s] > most[0] ? table.extremes[at + s] : most[0];
+      most[0] = table.largest[at + s] > most[0] ? table.largest[at + s] : most[0];
       odd |= table.index[at + s] < 0;
     }
     if (__syncthreads_or(odd)) return -1;
     Block::reduce(most, Largest());
     int64_t first[1] = {-(int64_t(1) << 40)};
     for (int64_t s = threadIdx.x; s < spans; s += kWalkThreads)
-      if (table.extremes[at + s] == most[0] && -table.index[at + s] > first[0])
+      if (table.largest[at + s] == most[0] && -table.index[at + s] > first[0])
         first[0] = -table.index[at + s];
     Block::reduce(first, Largest());
     return most[0] == -INFINITY ? -1 : int32_t(-first[0]);

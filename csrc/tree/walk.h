@@ -3,6 +3,7 @@
 //   double sums(Frame&): sums of the spans after the last rejection, put aside, and their total
 //   double sums_at(Frame&, int32_t x): the same where only the span of a token has changed
 //   void keep(Frame&, double): those times a number are the frame's
+//   double rest(const Frame&, int32_t patched): the sum of Q with so many patches
 //   int32_t pick(Frame&, double u): the first token with a cumulative sum above u of the total
 //   int32_t largest(const TreeRow&, int32_t node): the first largest logit, -1: not finite
 //   double entropy(Frame&): of P, in nats
@@ -41,6 +42,8 @@ struct WalkMemory {
 template <class Device>
 struct TreeWalk {
   static constexpr double kLeast = 1e-7;  // mass of a residual that is more than rounding
+  static constexpr double kConfident = 1. / 16;
+  static constexpr double kSmallest = 1e-30;  // and its share is no infinity
 
   const TreeProblem& t;
   const int64_t tree;
@@ -156,18 +159,32 @@ struct TreeWalk {
     return v;
   }
 
-  // Q's mass on what a child could have been, 1 where nothing was taken out.
+  // Q's mass on what a child could have been: what is left of it, summed anew where 1 less the rest would be
+  // rounding. 0: it is too small for numbers of 32 bits.
   SH_WALK double drawn_mass(const Frame& f, TreeKind how) const {
     if (how == TreeKind::independent) return 1;
     double taken = 0;
-    for (int32_t c = first_child(f.node); c >= 0; c = next_sibling(c)) {
-      const int32_t x = token(c);
-      if (!takes(f, how, x) || x < 0 || x >= t.columns) continue;
-      bool before = false;  // each token once
-      for (int32_t b = first_child(f.node); b != c; b = next_sibling(b)) before |= token(b) == x;
-      if (!before) taken += element(f.q, x);
-    }
-    return taken < 1 ? 1 - taken : 0;
+    for (int32_t c = first_child(f.node); c >= 0; c = next_sibling(c))
+      if (is_taken(f, how, c)) taken += element(f.q, token(c));
+    if (1 - taken > kConfident) return 1 - taken;
+    int32_t patched = 0;
+    for (int32_t c = first_child(f.node); c >= 0; c = next_sibling(c))
+      patched += is_taken(f, how, c);
+    device.write([&] {
+      Patch* to = memory.patches;
+      for (int32_t c = first_child(f.node); c >= 0; c = next_sibling(c))
+        if (is_taken(f, how, c)) *to++ = {token(c), 0};
+    });
+    const double left = device.rest(f, patched);
+    return left > kSmallest ? left : 0;
+  }
+  // Whether the token of this child, and of none before it, was out of Q.
+  SH_WALK bool is_taken(const Frame& f, TreeKind how, int32_t child) const {
+    const int32_t x = token(child);
+    if (x < 0 || x >= t.columns || !takes(f, how, x)) return false;
+    for (int32_t b = first_child(f.node); b != child; b = next_sibling(b))
+      if (token(b) == x) return false;
+    return true;
   }
   SH_WALK bool takes(const Frame& f, TreeKind how, int32_t x) const {
     if (how == TreeKind::independent) return false;
@@ -190,7 +207,9 @@ struct TreeWalk {
     const double p = value(f, token(child));
     if (how == TreeKind::fixed) return {p, 1, 1};
     const double mass = drawn_mass(f, how);
-    const bool could = mass > 0 && !takes(f, how, token(child));
+    // A child of which is not known how it was drawn is passed over: rejected, and P stays what it is.
+    if (mass == 0) return {0, 0, 0};
+    const bool could = !takes(f, how, token(child));
     return {p, could ? element(f.q, token(child)) / mass : 0, mass};
   }
 
@@ -264,6 +283,7 @@ struct TreeWalk {
 
   SH_WALK void greedy() {
     descend([&](Frame& f, int32_t& last) {
+      if (t.probabilities && !open(f, false)) return -1;  // are they?
       last = device.largest(t.row(t.target, t.target_dtype, tree, f.node), f.node);
       if (last < 0) status |= kNotFinite;
       const int32_t child = last < 0 ? -1 : child_with(f, last);

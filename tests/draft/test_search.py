@@ -198,7 +198,7 @@ def test_bad_input_is_one_line(drafter):
     ("options", "complaint"),
     [
         (dict(iterations=0), r"expected iterations in \[1, 1048576\], got 0"),
-        (dict(depth=65), r"expected depth in \[1, 64\], got 65"),
+        (dict(depth=64), r"expected depth in \[1, 63\], got 64"),
         (dict(keep=0), "expected keep >= 1, got 0"),
         (dict(c1=-1.0), "expected a finite c1 >= 0, got -1"),
         (dict(c2=0.0), "expected a finite c2 > 0, got 0"),

@@ -24,6 +24,15 @@ def test_drafts_do_not_depend_on_the_number_of_threads(text):
             assert list(pool.map(lambda state: as_lists(drafter.draft(state)), states)) == alone
 
 
+def test_threads_save_to_one_path(tmp_path):
+    table = TrigramTable()
+    table.add([1, 2, 3, 1, 2, 3])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: table.save(tmp_path / "table"), range(40)))
+    assert TrigramTable.load(tmp_path / "table").probs(1, 2) == {3: 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]
+
+
 def test_threads_add_update_draft_and_save_at_once(text, tmp_path):
     """What was added is all there in the end, and every draft was a tree meanwhile."""
     table, ngrams = TrigramTable(successors=64, capacity=5000), NGramDrafter(capacity=5000)

@@ -82,6 +82,24 @@ def test_the_pair_that_has_not_occurred_for_longest_is_forgotten():
     assert list(table.probs(1, 2)) == [3, 9]
 
 
+@pytest.mark.parametrize("first", [[B, C, D], [C, D, A]])
+def test_many_texts_at_once_forget_what_each_by_itself_would(first):
+    """New pairs of a call push out the oldest, not those that occur later in the same call."""
+    whole, each = TrigramTable(capacity=2), TrigramTable(capacity=2)
+    for table in (whole, each):
+        table.add([A, B, D])
+        table.add(first)
+    texts = [[A, B, C], [D, C, A], [A, B, C]]
+    whole.build(texts)
+    for text in texts:
+        each.add(text)
+    assert (
+        whole.probs(A, B) == each.probs(A, B) == {C: pytest.approx(2 / 3), D: pytest.approx(1 / 3)}
+    )
+    assert whole.probs(D, C) == each.probs(D, C) == {A: 1.0}
+    assert whole.probs(*first[:2]) == {}
+
+
 @pytest.mark.parametrize("capacity", [10, 100, 1000])
 def test_memory_is_bounded_whatever_comes(capacity, text):
     table = TrigramTable(capacity=capacity)

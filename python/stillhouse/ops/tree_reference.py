@@ -19,6 +19,7 @@ NOT_FINITE, NOT_NORMALIZED, NO_SUCH_TOKEN, VANISHED = 1, 2, 4, 8
 PADDING = -2
 MOST_NODES, MOST_DEPTH, MOST_CHILDREN = 1024, 64, 64
 LEAST_MASS = 1e-7  # of a residual that can be sampled
+LEAST_REST = 1e-30  # of a proposal of which tokens were taken
 
 
 def build(parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -63,6 +64,7 @@ class Residual:
     def __init__(self, p: np.ndarray, q: np.ndarray | None, removed: list[int]):
         """removed: tokens that the proposal was kept from."""
         self.p, self.q = p, q
+        self.rest = 1.0  # of q's mass, before it was normalized
         self.vanished = False
         for token in removed:
             self._remove(token)
@@ -70,6 +72,10 @@ class Residual:
     def proposal(self, token: int, kind: int) -> float:
         """The probability with which a child's token was proposed."""
         return 1.0 if kind == DETERMINISTIC else float(self.q[token])
+
+    def is_lost(self, kind: int) -> bool:
+        """Whether nothing is known of how a child was drawn: then it is passed over."""
+        return kind in (WITHOUT_REPLACEMENT, BEHIND_DETERMINISTIC) and self.rest <= LEAST_REST
 
     def reject(self, token: int, kind: int, accept: float = 1.0) -> float:
         """p becomes norm(relu(accept p - q)); the probability to accept the node itself then."""
@@ -94,6 +100,7 @@ class Residual:
         q = self.q.copy()
         q[token] = 0
         mass = q.sum()
+        self.rest *= mass
         self.q = q / mass if mass > 0 else q
 
 
@@ -191,6 +198,8 @@ class Walk:
     def _multi_round(self, node: int) -> int:
         left = self._residual(node)
         for child, token in self.children(node):
+            if left.is_lost(self.kinds[child]):
+                continue
             p, q = float(left.p[token]), left.proposal(token, self.kinds[child])
             if self.coins[child][ACCEPT] * q < p:
                 self.accept_prob = min(1.0, p / q) if q > 0 else 1.0
@@ -217,6 +226,8 @@ class Walk:
             return False
         left = self._residual(node)
         for child, token in self.children(node):
+            if left.is_lost(self.kinds[child]):
+                continue
             p, q = float(left.p[token]), left.proposal(token, self.kinds[child])
             of_child = min(1.0, accept * p / q) if q > 0 else float(accept * p > 0)
             if self._visit(child, of_child, [*path, child]):

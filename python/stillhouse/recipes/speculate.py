@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stillhouse.errors import UsageError
+from stillhouse.ops.tree_reference import MODES, MOST_NODES
 from stillhouse.recipes.speculate_job import ALONE, PLAIN, Job, named
 from stillhouse.report import Report
 
@@ -75,11 +76,18 @@ def check(arguments: SpeculateArguments) -> None:
     drafters = named(arguments)
     unknown = set(drafters) - set(DRAFTERS)
     if unknown:
-        raise UsageError(f"--drafter must be one of {', '.join(DRAFTERS)}, got {min(unknown)}")
+        raise UsageError(f"--drafter must be one of {', '.join(DRAFTERS)}, got {min(unknown)!r}")
     if ("fspad" in drafters) != (arguments.head is not None):
         raise UsageError("--drafter fspad and --head, the folder of its draft head, go together")
     if arguments.dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype}")
+    if arguments.max_nodes >= MOST_NODES:
+        raise UsageError(f"--max-nodes must be below {MOST_NODES}, got {arguments.max_nodes}")
+    if arguments.mode not in ("auto", *MODES):
+        choices = ", ".join(("auto", *MODES))
+        raise UsageError(f"--mode must be one of {choices}, got {arguments.mode}")
+    if not arguments.temperature and arguments.mode not in ("auto", "greedy"):
+        raise UsageError(f"--mode {arguments.mode} needs a --temperature above 0")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature must be a number >= 0, got {arguments.temperature}")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from stillhouse.methods.speculative import (
     DraftTree,
     LanguageModelDrafter,
+    MCTSDrafter,
     NGramDrafter,
+    TrigramTable,
     generate,
 )
 from stillhouse.methods.speculative.tree import IID
@@ -257,6 +266,37 @@ def test_a_draft_of_the_target_itself_is_accepted_whole(target):
             adaptive=False,
         )
         assert stats.acceptance_rate == 1.0
+
+
+def counter(vocabulary=5):
+    """A Llama that counts: what comes behind a token is the next number, then 0 again."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=512, **sizes)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    layer = model.model.layers[0]
+    for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+        weight.zero_()
+    model.model.embed_tokens.weight.copy_(torch.eye(vocabulary, 8))
+    model.lm_head.weight.copy_(torch.eye(vocabulary, 8).roll(1, 0))
+    return model
+
+
+@pytest.mark.parametrize("drafts", ["chain", "ngram", "search"])
+def test_drafts_are_no_deeper_than_what_is_verified(drafts):
+    """64 levels, whatever a drafter could do."""
+    target, vocabulary = counter(), 5
+    table = TrigramTable()
+    table.add(list(range(vocabulary)) * 3)
+    drafter = {
+        "chain": lambda: LanguageModelDrafter(target, length=70),
+        "ngram": lambda: NGramDrafter(length=100, max_nodes=128),
+        "search": lambda: MCTSDrafter(table, iterations=2000, depth=63, keep=100, max_nodes=100),
+    }[drafts]()
+    options = dict(max_new_tokens=150, max_nodes=120, eos_token_id=(), adaptive=False)
+    prompt = [number % vocabulary for number in range(80)]
+    ids, stats = generate(target, drafter, [prompt], **options)
+    assert ids[0].tolist() == [number % vocabulary for number in range(80, 230)]
+    assert max(stats.drafted[0]) == 64
 
 
 def test_a_sequences_numbers_do_not_depend_on_the_batch(target, other):

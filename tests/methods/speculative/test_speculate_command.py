@@ -93,12 +93,16 @@ def test_what_is_refused(run, place, tmp_path):
     for arguments, words in (
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"repeats": 0}, "--repeats must be at least 1"),
-        ({"drafter": "aded,oracle"}, "--drafter must be one of aded, ngram, fspad, got oracle"),
+        ({"drafter": "aded,oracle"}, "--drafter must be one of aded, ngram, fspad, got 'oracle'"),
         ({"drafter": "fspad"}, "--head"),
         ({"drafter": "ngram", "head": "here"}, "--head"),
         ({"dtype": "int8"}, "--dtype must be one of"),
         ({"temperature": -0.5}, "--temperature must be"),
         ({"top_p": 2.0}, "--top-p must be"),
+        ({"max_nodes": 2000}, "--max-nodes must be below 1024"),
+        ({"mode": "best"}, "--mode must be one of auto, greedy"),
+        ({"mode": "traversal"}, "--mode traversal needs a --temperature above 0"),
+        ({"drafter": ""}, "--drafter must be one of .* got ''"),
         ({"out": str(place / "text" / "0.txt")}, "is a file"),
     ):
         with pytest.raises(UsageError, match=words):

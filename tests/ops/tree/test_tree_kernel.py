@@ -58,3 +58,38 @@ def test_random_trees(form, mode, kinds, kernel_way, reference):
     if len(differ):
         low, high = (reference(lambda move=move: verify(move, differ)) for move in (-edge, edge))
         assert not same(low, high).any()
+
+
+# Of the largest logit above the others: without it 1e-6, 1e-13, 1e-30 or nothing is left.
+@pytest.mark.parametrize("gap", [14, 30, 70, 800])
+@pytest.mark.parametrize("kinds", [(0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["multi_round", "traversal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_confident_proposals(dtype, mode, kinds, gap, kernel_way, reference):
+    """What is left of a proposal beside a token that has nearly all of it is not lost."""
+    n = 100 if kernel_way == "simt" else 1000
+    tokens, _, kind, target, draft, coins = problem(n, 4, 600, gap, kinds, "logits")
+    parents = torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32).expand(n, -1)
+    # The first child is the token that is nearly sure, drawn or not; four tokens count.
+    kind[:, 1] = kinds[0]
+    kind[:, 2:] = kinds[-1]
+    tokens = tokens % 4
+    tokens[:, 1] = 0
+    target[..., 4:] = draft[..., 4:] = -torch.inf
+    draft[..., 0] += gap
+    target, draft = target.to(dtype), draft.to(dtype)
+    tokens[:, 2:] = 1 + torch.arange(n)[:, None] % 2 + torch.arange(2)
+    links = ops.tree_build(parents.contiguous())
+
+    def verify(move=0.0, rows=slice(None)):
+        of_rows = ops.TreeLinks(*(each[rows] for each in links))
+        given = {"kind": kind[rows], "coins": coins[rows] + move}
+        return ops.tree_verify(tokens[rows], of_rows, target[rows], draft[rows], mode=mode, **given)
+
+    found, exact = verify(), reference(verify)
+    assert (found.status & 7 == 0).all()
+    differ = torch.nonzero(~same(found, exact))[:, 0]
+    assert len(differ) <= n / 100
+    if len(differ):
+        low, high = (reference(lambda move=move: verify(move, differ)) for move in (-1e-4, 1e-4))
+        assert not same(low, high).any()

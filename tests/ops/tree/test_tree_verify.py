@@ -222,12 +222,13 @@ def test_auto(way):
     assert_same(auto(draft), by("traversal", draft, temperature=torch.ones(6)))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_status(mode, way):
+@pytest.mark.parametrize(
+    ("mode", "is_prob"), [*((mode, True) for mode in MODES), ("greedy", False)]
+)
+def test_status(mode, is_prob, way):
     """Each break, at the root; and nothing where it is not looked at."""
     given = problem(8, dtype=torch.float64)
     tokens, parents, kind, target, draft = given
-    is_prob = mode != "greedy"
     if is_prob:
         target, draft = target.softmax(-1), draft.softmax(-1)
     broken, words = target.clone(), dict(is_prob=is_prob, temperature=None)

@@ -39,6 +39,7 @@ from stillhouse import _draft
 from stillhouse.methods.speculative.ngram import NGramDrafter, as_tree
 from stillhouse.methods.speculative.token_ids import token_array
 from stillhouse.methods.speculative.tree import DraftState, DraftTree
+from stillhouse.ops.tree_reference import MOST_DEPTH
 
 __all__ = ["BeamDrafter", "MCTSDrafter", "NGramDrafter", "TrigramTable"]
 
@@ -56,8 +57,8 @@ class TrigramTable:
     Raises ValueError for sizes out of range and for ids below 0 or from vocab_size on, TypeError
     for ids that are not integers.
 
-    Defaults: 12 successors, step 0.04, cap 3 (the authors' code); capacity 2^20 pairs, at most some
-    250 MB.
+    Defaults: 12 successors, step 0.04, cap 3 (the authors' code); capacity 2^20 pairs, some 250 MB,
+    and 450 MB where pairs have grown together.
 
     Example:
         >>> from stillhouse.methods.speculative import TrigramTable
@@ -146,7 +147,7 @@ class MCTSDrafter:
     visits. A context of one token, and a pair that the table does not know, draft nothing. The same
     table, context and state.seed give the same draft. Several drafters may share a table.
     Raises ValueError for iterations, depth, keep or max_nodes below 1, for more than 2^20
-    iterations or a depth above 64, for c1 < 0, c2 <= 0 and window < 0, and for token ids that the
+    iterations or a depth above 63, for c1 < 0, c2 <= 0 and window < 0, and for token ids that the
     table refuses.
 
     Defaults: 150 iterations, 3 tokens deep, 24 kept, c1 32, c2 8 (paper and code), window 16 and
@@ -196,8 +197,8 @@ class BeamDrafter:
     Level by level the `width` continuations with the highest product of normalised scores are
     followed; of all that were looked at the max_nodes best stay, the root included. width 1 is
     greedy. Nodes are deterministic (kind 2), scores cumulative log-probabilities.
-    Raises ValueError for depth, width or max_nodes below 1 or window below 0, and for token ids
-    that the table refuses.
+    Raises ValueError for depth, width or max_nodes below 1, depth above 64, window below 0, and for
+    token ids that the table refuses.
 
     Defaults: 4 tokens deep, width 24, 64 nodes, window 16: the size of `MCTSDrafter`'s trees.
 
@@ -222,6 +223,8 @@ class BeamDrafter:
         for name, value in (("depth", depth), ("width", width), ("max_nodes", max_nodes)):
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"expected depth of at most {MOST_DEPTH}, got {depth}")
         if window < 0:
             raise ValueError(f"expected window >= 0, got {window}")
         self.table, self.window, self.adapt = table, window, adapt

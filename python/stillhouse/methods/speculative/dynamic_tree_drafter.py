@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from stillhouse.methods.speculative.draft_head import FSPADHead, HeadCache
 from stillhouse.methods.speculative.expansion import dynamic_tree
 from stillhouse.methods.speculative.tree import DraftState, DraftTree
+from stillhouse.ops.tree_reference import MOST_CHILDREN
 
 
 class Candidates(NamedTuple):
@@ -160,8 +161,9 @@ class DynamicTreeDrafter:
             target.get_output_embeddings(),
         )
         vocabulary, width = self.output_head.weight.shape
-        if top_k > vocabulary:
-            raise ValueError(f"expected top_k within {vocabulary} tokens, got {top_k}")
+        if top_k > min(vocabulary, MOST_CHILDREN):
+            most = min(vocabulary, MOST_CHILDREN)
+            raise ValueError(f"expected top_k of at most {most}, got {top_k}")
         if width != head.config.hidden:
             raise ValueError(
                 f"the target's features are {width} wide, the head is for {head.config.hidden}"

@@ -24,12 +24,11 @@ from stillhouse.methods.speculative.statistics import GenerationStats
 from stillhouse.methods.speculative.tree import Drafter, DraftState, DraftTree, batch_trees
 from stillhouse.ops import TreeLinks, tree_build, tree_mask, tree_positions, tree_verify
 from stillhouse.ops.random import philox_words
+from stillhouse.ops.tree_reference import MOST_DEPTH, MOST_NODES
 from stillhouse.train.forward import evaluating
 from stillhouse.train.models import head_width
 from stillhouse.train.responses import Tokens, end_tokens
 from stillhouse.train.responses import tokens as as_tokens
-
-LARGEST_TREE = 1024  # nodes, of tree_verify
 
 
 def generate(
@@ -139,6 +138,11 @@ class _Sequence:
         """Tokens that may still be written."""
         return len(self.ids) - self.length
 
+    @property
+    def deepest(self) -> int:
+        """Levels of a tree: the target's own token comes behind them."""
+        return min(self.left - 1, MOST_DEPTH)
+
     def state(self, temperature: float) -> DraftState:
         return DraftState(
             torch.from_numpy(self.ids[: self.length]),
@@ -148,7 +152,7 @@ class _Sequence:
             row=self.number,
             step=len(self.accepted),
             room=self.budget.room(),
-            depth=self.left - 1,
+            depth=self.deepest,
             hidden=self.hidden,
         )
 
@@ -201,7 +205,7 @@ class _Generation:
         since = time.perf_counter()
         drafts = [self._draft(each) for each in active]
         pairs = zip(active, drafts, strict=True)
-        trees = [each.budget.choose(tree, each.left - 1) for each, tree in pairs]
+        trees = [each.budget.choose(tree, each.deepest) for each, tree in pairs]
         then = time.perf_counter()
         self.stats.draft_seconds += then - since
         paths, committed = self._verify(active, trees)
@@ -359,8 +363,8 @@ def _check_numbers(
 ) -> None:
     if count < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {count}")
-    if not 0 <= nodes < LARGEST_TREE:
-        raise ValueError(f"max_nodes must be 0 to {LARGEST_TREE - 1}, got {nodes}")
+    if not 0 <= nodes < MOST_NODES:
+        raise ValueError(f"max_nodes must be 0 to {MOST_NODES - 1}, got {nodes}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number >= 0, got {temperature}")
     if top_k is not None and top_k < 1:

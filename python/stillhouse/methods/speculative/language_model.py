@@ -21,6 +21,7 @@ from stillhouse.methods.speculative.tree import (
     DraftTree,
 )
 from stillhouse.ops.random import DRAFTING, philox_uniform
+from stillhouse.ops.tree_reference import MOST_CHILDREN
 from stillhouse.train.forward import evaluating
 
 Proposal = Literal["without_replacement", "iid", "greedy_draft", "top"]
@@ -69,13 +70,16 @@ class LanguageModelDrafter:
         self.branching = tuple([1] * length if branching is None else branching)
         if not self.branching or min(self.branching) < 1:
             raise ValueError(f"expected branching of at least 1 at each depth, got {branching}")
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        most = min(MOST_CHILDREN, self.vocab_size)
+        if max(self.branching) > most:
+            raise ValueError(f"expected branching of at most {most}, got {max(self.branching)}")
         if proposal not in Proposal.__args__:
             choices = ", ".join(Proposal.__args__)
             raise ValueError(f"expected proposal to be one of {choices}, got {proposal!r}")
         if temperature is not None and not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature must be a number >= 0, got {temperature}")
         self.model, self.proposal, self.temperature = model, proposal, temperature
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self._read: dict[int, _Reading] = {}
 
     def draft(self, state: DraftState) -> DraftTree:
