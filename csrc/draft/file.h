@@ -59,7 +59,7 @@ class Writer {
   void save(const std::string& path, const char (&magic)[9], uint32_t version) const {
     Header header{{}, version, 0, content_.size(), checksum(content_.data(), content_.size())};
     std::memcpy(header.magic, magic, 8);
-    // A name of its own for each call; O_EXCL, for other machines may share the folder and the process's number.
+    // A name of its own for each call; O_EXCL, for another machine may share the folder and the number.
     static std::atomic<uint64_t> calls{0};
     std::string draft;
     int file = -1;

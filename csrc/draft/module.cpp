@@ -1,4 +1,4 @@
-// The module `stillhouse._draft`: numpy in, numpy out. Tables and searches release the lock of the interpreter
+// The module `stillhouse._draft`: numpy in, numpy out. Tables and searches release the interpreter's lock
 // while they work.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

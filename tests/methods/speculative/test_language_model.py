@@ -73,6 +73,9 @@ def test_no_more_children_than_tokens_with_a_probability(model):
     drafter = LanguageModelDrafter(model, branching=(V + 2,))
     tree = drafter.draft(DraftState(IDS, temperature=1.0))
     assert sorted(tree.tokens[1:].tolist()) == list(range(V))
+    assert len(drafter.draft(DraftState(IDS, temperature=0.0))) == V + 1
+    with pytest.raises(ValueError, match="at most 64 children"):
+        LanguageModelDrafter(model, branching=(2, 65))
 
 
 def test_room_and_depth(model):

@@ -70,10 +70,13 @@ class LanguageModelDrafter:
         self.branching = tuple([1] * length if branching is None else branching)
         if not self.branching or min(self.branching) < 1:
             raise ValueError(f"expected branching of at least 1 at each depth, got {branching}")
+        if max(self.branching) > MOST_CHILDREN:
+            raise ValueError(
+                f"a node has at most {MOST_CHILDREN} children, got branching {branching}"
+            )
+        # No more children than there are tokens.
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
-        most = min(MOST_CHILDREN, self.vocab_size)
-        if max(self.branching) > most:
-            raise ValueError(f"expected branching of at most {most}, got {max(self.branching)}")
+        self.branching = tuple(min(each, self.vocab_size) for each in self.branching)
         if proposal not in Proposal.__args__:
             choices = ", ".join(Proposal.__args__)
             raise ValueError(f"expected proposal to be one of {choices}, got {proposal!r}")
